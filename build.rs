@@ -1,0 +1,49 @@
+//! Compiles `proto/` without a system protoc.
+//!
+//! Two passes over one descriptor set: messages and clients with plain types, and
+//! the server traits with `TaskEvent` replaced by [`Frame`](crate::pb::Frame), the
+//! bytes of an event as they were encoded once.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+const FILES: [&str; 6] = [
+    "baton/v1/errors.proto",
+    "baton/v1/events.proto",
+    "baton/v1/keys.proto",
+    "baton/v1/queues.proto",
+    "baton/v1/runners.proto",
+    "baton/v1/tasks.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    println!("cargo::rerun-if-changed=migrations");
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler.include_imports(true).include_source_info(true);
+    compiler.open_files(FILES)?;
+    fs::write(out.join("baton.bin"), compiler.encode_file_descriptor_set())?;
+    let descriptors = compiler.file_descriptor_set();
+
+    let client = out.join("client");
+    fs::create_dir_all(&client)?;
+    tonic_prost_build::configure()
+        .build_server(false)
+        // `RunnerService.Connect` would collide with the constructor `connect`.
+        .build_transport(false)
+        .bytes(".baton.v1")
+        .out_dir(&client)
+        .compile_fds(descriptors.clone())?;
+
+    let server = out.join("server");
+    fs::create_dir_all(&server)?;
+    tonic_prost_build::configure()
+        .build_client(false)
+        .extern_path(".baton.v1.TaskEvent", "crate::pb::Frame")
+        .extern_path(".baton.v1", "crate::pb")
+        .extern_path(".google", "crate::pb::google")
+        .out_dir(&server)
+        .compile_fds(descriptors)?;
+    Ok(())
+}

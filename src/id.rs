@@ -1,0 +1,155 @@
+//! Typed ids, and the randomness that they and jitter are made of.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::clock::Micros;
+
+/// A task's id: a UUIDv7, so that ids sort by creation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TaskId(pub Uuid);
+
+impl TaskId {
+    /// A new id, made at `now`.
+    pub fn new(now: Micros, entropy: &Entropy) -> Self {
+        let millis = u64::try_from(now.0 / 1000).unwrap_or(0);
+        let mut random = [0; 10];
+        entropy.fill(&mut random);
+        Self(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid())
+    }
+}
+
+impl fmt::Display for TaskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_hyphenated().fmt(f)
+    }
+}
+
+impl fmt::Debug for TaskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for TaskId {
+    type Err = uuid::Error;
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Uuid::try_parse(s).map(Self)
+    }
+}
+
+/// Makes a cheaply cloned name type.
+macro_rules! name {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub Arc<str>);
+
+        impl $name {
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl From<&str> for $name {
+            fn from(s: &str) -> Self {
+                Self(s.into())
+            }
+        }
+
+        impl From<String> for $name {
+            fn from(s: String) -> Self {
+                Self(s.into())
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Debug::fmt(&*self.0, f)
+            }
+        }
+    };
+}
+
+name! {
+    /// The tenant.
+    Namespace
+}
+name! {
+    /// A runner's stable name, unique in its namespace.
+    RunnerId
+}
+
+impl Namespace {
+    /// The operator's namespace, and the only one until keys name others.
+    pub const DEFAULT: &'static str = "default";
+}
+
+/// Randomness as a port: the system's, or a seeded stream for simulations.
+#[derive(Clone, Debug, Default)]
+pub struct Entropy(Option<Arc<Mutex<u64>>>);
+
+impl Entropy {
+    /// The operating system's randomness.
+    pub fn system() -> Self {
+        Self(None)
+    }
+
+    /// The same stream for the same seed.
+    pub fn seeded(seed: u64) -> Self {
+        Self(Some(Arc::new(Mutex::new(seed))))
+    }
+
+    /// Fills `buf` with random bytes.
+    ///
+    /// # Panics
+    /// When the operating system has no randomness to give.
+    #[expect(clippy::expect_used, reason = "no key may ever be made without randomness")]
+    pub fn fill(&self, buf: &mut [u8]) {
+        match &self.0 {
+            None => getrandom::fill(buf).expect("the operating system's randomness"),
+            Some(_) => {
+                for chunk in buf.chunks_mut(8) {
+                    chunk.copy_from_slice(&self.u64().to_le_bytes()[..chunk.len()]);
+                }
+            }
+        }
+    }
+
+    /// A random number.
+    pub fn u64(&self) -> u64 {
+        match &self.0 {
+            None => {
+                let mut bytes = [0; 8];
+                self.fill(&mut bytes);
+                u64::from_le_bytes(bytes)
+            }
+            // SplitMix64.
+            Some(state) => {
+                let mut state = state.lock();
+                *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                let mut z = *state;
+                z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+                z ^ (z >> 31)
+            }
+        }
+    }
+
+    /// A random number in `0.0..1.0`.
+    pub fn unit(&self) -> f64 {
+        (self.u64() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}

@@ -1,0 +1,8 @@
+//! Baton turns a fleet of GPU hosts into a service.
+
+pub mod clock;
+pub mod error;
+pub mod id;
+pub mod pb;
+
+pub mod tasks;

@@ -1,0 +1,89 @@
+//! Generated messages, clients and server traits, and the descriptor set.
+//!
+//! Server traits speak [`Frame`] where the protos say `TaskEvent`: an event is
+//! encoded once, when it is appended, and sent as those bytes to every reader.
+
+#![allow(clippy::pedantic, clippy::all, missing_docs, reason = "generated code")]
+
+use bytes::{Buf, BufMut, Bytes};
+use prost::{
+    DecodeError, Message,
+    encoding::{DecodeContext, WireType},
+};
+
+/// The protos' own package.
+pub mod baton {
+    /// Version 1.
+    pub mod v1 {
+        include!(concat!(env!("OUT_DIR"), "/client/baton.v1.rs"));
+    }
+}
+pub use baton::v1::*;
+
+/// `google.rpc` and `google.api` messages.
+pub mod google {
+    /// Error model.
+    pub mod rpc {
+        include!(concat!(env!("OUT_DIR"), "/client/google.rpc.rs"));
+    }
+    /// HTTP annotations.
+    pub mod api {
+        include!(concat!(env!("OUT_DIR"), "/client/google.api.rs"));
+    }
+    /// Well-known types.
+    pub mod protobuf {
+        pub use prost_types::*;
+    }
+}
+
+/// Server traits.
+pub mod server {
+    include!(concat!(env!("OUT_DIR"), "/server/baton.v1.rs"));
+}
+
+/// All files of `proto/` with imports and comments, as an encoded
+/// `FileDescriptorSet`.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/baton.bin"));
+
+/// The encoded bytes of one `TaskEvent`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Frame(pub Bytes);
+
+impl Frame {
+    /// Encodes an event.
+    pub fn encode(event: &TaskEvent) -> Self {
+        Self(event.encode_to_vec().into())
+    }
+
+    /// Decodes the event.
+    pub fn event(&self) -> Result<TaskEvent, DecodeError> {
+        TaskEvent::decode(self.0.clone())
+    }
+}
+
+impl Message for Frame {
+    fn encode_raw(&self, buf: &mut impl BufMut) {
+        buf.put_slice(&self.0);
+    }
+
+    fn merge_field(
+        &mut self,
+        tag: u32,
+        wire_type: WireType,
+        buf: &mut impl Buf,
+        ctx: DecodeContext,
+    ) -> Result<(), DecodeError> {
+        let mut event = TaskEvent::decode(self.0.clone())?;
+        event.merge_field(tag, wire_type, buf, ctx)?;
+        self.0 = event.encode_to_vec().into();
+        Ok(())
+    }
+
+    fn encoded_len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+}
