@@ -17,7 +17,17 @@ use tokio::sync::watch;
 
 /// Microseconds since the Unix epoch, by the wall clock. What rows and messages hold.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
     sqlx::Type,
 )]
 #[serde(transparent)]

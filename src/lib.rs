@@ -4,5 +4,9 @@ pub mod clock;
 pub mod error;
 pub mod id;
 pub mod pb;
+pub mod supervisor;
 
+pub mod keys;
 pub mod tasks;
+
+pub mod grpc;
