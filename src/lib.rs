@@ -10,3 +10,4 @@ pub mod keys;
 pub mod tasks;
 
 pub mod grpc;
+pub mod runners;
