@@ -1,8 +1,11 @@
 //! Baton turns a fleet of GPU hosts into a service.
 
 pub mod clock;
+pub mod db;
 pub mod error;
+pub mod events;
 pub mod id;
+pub mod json;
 pub mod pb;
 pub mod supervisor;
 

@@ -1,3 +1,4 @@
 //! Tasks.
 
 pub mod model;
+pub mod state;

@@ -24,7 +24,7 @@ pub enum State {
     Cancelled,
     /// Ended by its deadline or start timeout.
     Expired,
-    /// Attempts used up; may be redriven.
+    /// Attempts used up; may be redriven, as a new task.
     DeadLettered,
 }
 
@@ -40,7 +40,7 @@ impl State {
         Self::DeadLettered,
     ];
 
-    /// Whether nothing follows (a redrive of a dead letter aside).
+    /// Whether nothing follows.
     pub fn is_terminal(self) -> bool {
         !matches!(self, Self::Queued | Self::Running)
     }
@@ -186,13 +186,13 @@ pub struct Task {
     pub spec: Spec,
     /// State.
     pub state: State,
-    /// Latest attempt; 0 before the first. Never reset, also not by a redrive.
+    /// Latest attempt; 0 before the first. Never reset.
     pub attempt: u32,
-    /// Attempts that failed by the task's own fault, since the last redrive.
+    /// Attempts that failed by the task's own fault.
     pub failed: u32,
-    /// Attempts lost with their runner, since the last redrive.
+    /// Attempts lost with their runner.
     pub lost: u32,
-    /// Attempts handed back, since the last redrive.
+    /// Attempts handed back.
     pub handed_back: u32,
     /// Accepted.
     pub create_time: Micros,
@@ -216,10 +216,14 @@ pub struct Task {
     pub error: Option<Failure>,
     /// What it used.
     pub usage: Option<Usage>,
+    /// Grows by one with every change of the row.
+    pub revision: u64,
     /// Idempotency key.
     pub request_id: Option<String>,
     /// The task that this one retries.
     pub retry_of: Option<TaskId>,
+    /// The task that retries this one.
+    pub retried_by: Option<TaskId>,
     /// W3C trace context of the submit.
     pub traceparent: Option<String>,
 }

@@ -1,0 +1,280 @@
+//! The database: one writer, several readers, transactions as the unit of work.
+//!
+//! SQLite in WAL mode with `synchronous=FULL`: a commit is on stable storage before it is
+//! acknowledged. All writes pass through one connection, so a read-then-write is never
+//! upgraded and never meets `SQLITE_BUSY`. After an I/O error the connection is not trusted:
+//! it is closed and the file is opened anew, which recovers from the log. Knows no table but
+//! the migrator's.
+
+mod admin;
+mod bulk;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use sqlx::{
+    ConnectOptions, Connection, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+};
+use tokio::sync::{Semaphore, watch};
+
+pub use admin::{Status, backup, migrate, status};
+pub use bulk::{Bulk, chunks};
+
+use crate::error::{Error, Kind, Reason, Result};
+
+/// Readers at once: reads are short, and SQLite's are blocking calls on a thread each.
+const READERS: usize = 4;
+
+/// Free space below which nothing new is accepted, so that what runs can still end.
+const HEADROOM: u64 = 32 << 20;
+
+/// A database; clones share it.
+#[derive(Clone)]
+pub struct Db(Arc<Inner>);
+
+struct Inner {
+    options: SqliteConnectOptions,
+    path: PathBuf,
+    /// `None` while in use elsewhere, lost to a cancelled caller, or not trusted any more.
+    writer: tokio::sync::Mutex<Option<SqliteConnection>>,
+    readers: Mutex<Vec<SqliteConnection>>,
+    reader_slots: Semaphore,
+    healthy: watch::Sender<bool>,
+    headroom: AtomicU64,
+}
+
+/// A transaction, or for reads a connection.
+pub struct Tx(SqliteConnection);
+
+impl Tx {
+    /// The connection, for `sqlx::query(..).execute(tx.conn())`.
+    pub fn conn(&mut self) -> &mut SqliteConnection {
+        &mut self.0
+    }
+}
+
+impl Db {
+    /// Opens the database at `path`, making it when it is missing, and migrates it.
+    pub async fn open(path: &Path) -> Result<Self> {
+        let db = Self::connect(path).await?;
+        db.migrate_now().await?;
+        Ok(db)
+    }
+
+    /// Opens the database at `path` as it is.
+    pub async fn connect(path: &Path) -> Result<Self> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .foreign_keys(true)
+            .busy_timeout(Duration::from_secs(5))
+            .pragma("wal_autocheckpoint", "4000")
+            .pragma("journal_size_limit", "67108864")
+            .pragma("cache_size", "-65536")
+            .pragma("temp_store", "memory")
+            .statement_cache_capacity(256)
+            .disable_statement_logging();
+        let writer = open_connection(&options).await?;
+        Ok(Self(Arc::new(Inner {
+            options,
+            path: path.to_owned(),
+            writer: tokio::sync::Mutex::new(Some(writer)),
+            readers: Mutex::default(),
+            reader_slots: Semaphore::new(READERS),
+            healthy: watch::Sender::new(true),
+            headroom: AtomicU64::new(HEADROOM),
+        })))
+    }
+
+    /// Runs `f` in a transaction: committed, and synced, when `f` is `Ok`, else rolled back.
+    /// One writer runs at a time.
+    pub async fn write<T, F>(&self, f: F) -> Result<T>
+    where
+        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
+        T: Send,
+    {
+        let mut slot = self.0.writer.lock().await;
+        let conn = match slot.take() {
+            Some(conn) => conn,
+            None => {
+                open_connection(&self.0.options).await.inspect_err(|_| self.set_healthy(false))?
+            }
+        };
+        let mut tx = Tx(conn);
+        match run(&mut tx, f).await {
+            Ok(Err(error)) if error.reason() == Reason::StorageUnavailable => {
+                self.set_healthy(false);
+                Err(error)
+            }
+            Ok(done) => {
+                *slot = Some(tx.0);
+                done
+            }
+            // The connection is dropped: whatever it did is undone, and the next writer opens
+            // the file anew.
+            Err(error) => {
+                self.set_healthy(false);
+                Err(Error::storage(error))
+            }
+        }
+    }
+
+    /// Runs `f` on a reading connection. Each statement sees what was committed before it.
+    pub async fn read<T, F>(&self, f: F) -> Result<T>
+    where
+        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
+        T: Send,
+    {
+        let _slot = self.0.reader_slots.acquire().await.map_err(Error::internal)?;
+        let pooled = self.0.readers.lock().pop();
+        let conn = match pooled {
+            Some(conn) => conn,
+            None => open_connection(&self.0.options.clone().read_only(true)).await?,
+        };
+        let mut tx = Tx(conn);
+        let result = f(&mut tx).await;
+        if !matches!(&result, Err(error) if error.reason() == Reason::StorageUnavailable) {
+            self.0.readers.lock().push(tx.0);
+        }
+        result
+    }
+
+    /// Whether the last write worked and there is room for more.
+    pub fn healthy(&self) -> watch::Receiver<bool> {
+        self.0.healthy.subscribe()
+    }
+
+    /// Refuses when nothing new should be accepted; what runs may still end.
+    pub fn check_admission(&self) -> Result<()> {
+        if *self.0.healthy.borrow() {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Unavailable,
+            Reason::StorageUnavailable,
+            "storage is failing or full; nothing was accepted",
+        )
+        .retry_after(Duration::from_secs(1)))
+    }
+
+    /// Finds out whether storage works: enough free space and, where `healthy` is false, a
+    /// write that reaches the disk. Called twice a second by [`watch_health`].
+    pub async fn probe(&self) -> bool {
+        let free = rustix::fs::statvfs(self.0.path.parent().unwrap_or(Path::new(".")))
+            .map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+        let room = matches!(free, Ok(free) if free >= self.0.headroom.load(Ordering::Relaxed))
+            && self.0.path.exists();
+        let works =
+            if room && !*self.0.healthy.borrow() { self.touch().await.is_ok() } else { room };
+        self.set_healthy(works);
+        works
+    }
+
+    /// Sets the free space below which nothing new is accepted.
+    pub fn set_headroom(&self, bytes: u64) {
+        self.0.headroom.store(bytes, Ordering::Relaxed);
+    }
+
+    async fn touch(&self) -> Result<()> {
+        self.write(|tx| {
+            Box::pin(async move {
+                sqlx::query(
+                    "INSERT INTO settings (name, value) VALUES ('probe', x'00')
+                     ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                )
+                .execute(tx.conn())
+                .await?;
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    fn set_healthy(&self, healthy: bool) {
+        self.0.healthy.send_if_modified(|current| {
+            let changed = *current != healthy;
+            if changed && healthy {
+                tracing::info!("storage works again");
+            } else if changed {
+                tracing::error!(path = %self.0.path.display(), "storage is failing or full");
+            }
+            *current = healthy;
+            changed
+        });
+    }
+
+    /// Closes all connections after a last checkpoint.
+    pub async fn close(&self) {
+        self.0.reader_slots.close();
+        let readers = std::mem::take(&mut *self.0.readers.lock());
+        for reader in readers {
+            // Closing a reader writes nothing that could be lost.
+            let _ = reader.close().await;
+        }
+        if let Some(writer) = self.0.writer.lock().await.take()
+            && let Err(error) = writer.close().await
+        {
+            tracing::warn!(%error, "the database was not closed cleanly; it will recover");
+        }
+    }
+}
+
+/// Probes storage twice a second, for ever.
+pub async fn watch_health(db: Db, clock: crate::clock::Clock) -> anyhow::Result<()> {
+    loop {
+        clock.sleep(Duration::from_millis(500)).await;
+        db.probe().await;
+    }
+}
+
+async fn open_connection(options: &SqliteConnectOptions) -> Result<SqliteConnection> {
+    options.connect().await.map_err(Error::storage)
+}
+
+/// The outer error means that the connection is not to be used again.
+async fn run<T, F>(tx: &mut Tx, f: F) -> Result<Result<T>, sqlx::Error>
+where
+    F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
+{
+    sqlx::query("BEGIN IMMEDIATE").execute(tx.conn()).await?;
+    match f(tx).await {
+        Ok(value) => {
+            sqlx::query("COMMIT").execute(tx.conn()).await?;
+            Ok(Ok(value))
+        }
+        Err(error) => {
+            sqlx::query("ROLLBACK").execute(tx.conn()).await?;
+            Ok(Err(error))
+        }
+    }
+}
+
+impl From<sqlx::Error> for Error {
+    /// A statement failed: the storage's fault, or a defect of ours.
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Database(database) if !database.is_unique_violation() => {
+                // SQLite's extended codes carry the primary code in their low byte:
+                // 7 NOMEM, 8 READONLY, 10 IOERR, 11 CORRUPT, 13 FULL, 14 CANTOPEN.
+                let code = database.code().and_then(|code| code.parse::<u32>().ok()).unwrap_or(0);
+                match code & 0xff {
+                    5..=8 | 10 | 11 | 13 | 14 => Self::storage(error),
+                    _ => Self::internal(error),
+                }
+            }
+            sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed => Self::storage(error),
+            _ => Self::internal(error),
+        }
+    }
+}
