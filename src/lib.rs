@@ -1,5 +1,6 @@
 //! Baton turns a fleet of GPU hosts into a service.
 
+pub mod blob;
 pub mod clock;
 pub mod db;
 pub mod error;
@@ -7,6 +8,7 @@ pub mod events;
 pub mod id;
 pub mod json;
 pub mod pb;
+pub mod relay;
 pub mod supervisor;
 
 pub mod keys;

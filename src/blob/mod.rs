@@ -1,0 +1,59 @@
+//! Content-addressed bytes: kept under the SHA-256 of what they are, complete or not at
+//! all.
+//!
+//! Knows no task, and no name but a digest: a name that a user chose never gets here.
+//! Blobs are never changed, so readers need no lock; what nobody refers to any more is
+//! deleted by whoever keeps the references.
+
+mod fs;
+
+use std::{fmt, io, str::FromStr};
+
+pub use fs::Blobs;
+
+/// The SHA-256 of a blob, which is its name.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(pub [u8; 32]);
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A text that is not 64 lower-case hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a SHA-256 in lower-case hexadecimal digits")]
+pub struct InvalidDigest;
+
+impl FromStr for Digest {
+    type Err = InvalidDigest;
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        let mut digest = [0; 32];
+        if s.bytes().any(|byte| byte.is_ascii_uppercase()) {
+            return Err(InvalidDigest);
+        }
+        hex::decode_to_slice(s, &mut digest).map_err(|_| InvalidDigest)?;
+        Ok(Self(digest))
+    }
+}
+
+/// Why a blob could not be kept or given.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No blob has this digest, or it has not as many bytes as were asked for.
+    #[error("blob {0} does not exist or is cut off")]
+    NotFound(Digest),
+    /// The bytes found are not those of the digest.
+    #[error("blob {0} is damaged")]
+    Damaged(Digest),
+    /// The file system failed.
+    #[error("the blob directory failed")]
+    Io(#[from] io::Error),
+}

@@ -1,0 +1,94 @@
+//! A reader of a log: a cursor that waits for what comes after it.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+
+use super::{Log, wake::Ticket};
+
+/// What follows a subscriber's cursor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// All frames that are ready, up to a bound, with their sequences.
+    Frames(Vec<(u64, Bytes)>),
+    /// What follows is no longer in memory; storage has it. Read on from there and
+    /// tell the subscriber with [`Subscriber::seek`].
+    Behind,
+    /// Nothing follows any more.
+    End,
+}
+
+/// What [`Subscriber::poll_fill`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ready {
+    /// At least one frame was added.
+    Frames,
+    /// As [`Next::Behind`].
+    Behind,
+    /// As [`Next::End`].
+    End,
+}
+
+/// A cursor over a log. It holds no frames.
+#[derive(Debug)]
+pub struct Subscriber {
+    log: Arc<Log>,
+    id: u64,
+    cursor: u64,
+    ticket: Ticket,
+}
+
+impl Subscriber {
+    pub(super) fn new(log: Arc<Log>, after: u64) -> Self {
+        static IDS: AtomicU64 = AtomicU64::new(1);
+        log.books().subscribers.fetch_add(1, Relaxed);
+        Self { log, id: IDS.fetch_add(1, Relaxed), cursor: after, ticket: Ticket::default() }
+    }
+
+    /// Sequence of the last entry that was handed out or skipped.
+    pub fn cursor(&self) -> u64 {
+        self.cursor
+    }
+
+    /// Moves the cursor on, after reading entries elsewhere. It never moves back.
+    pub fn seek(&mut self, after: u64) {
+        self.cursor = self.cursor.max(after);
+    }
+
+    /// Adds what is ready to `out`, each frame with its sequence, and moves the cursor
+    /// behind it.
+    pub fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        out: &mut VecDeque<(u64, Bytes)>,
+    ) -> Poll<Ready> {
+        let Self { log, id, cursor, ticket } = self;
+        let ready = log.read(cursor, out, |waiting| waiting.wait(*id, ticket, cx.waker()));
+        ready.map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// What follows, waiting for it.
+    pub async fn next(&mut self) -> Next {
+        let mut out = VecDeque::new();
+        match poll_fn(|cx| self.poll_fill(cx, &mut out)).await {
+            Ready::Frames => Next::Frames(out.into()),
+            Ready::Behind => Next::Behind,
+            Ready::End => Next::End,
+        }
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        self.log.books().subscribers.fetch_sub(1, Relaxed);
+        self.log.leave(&self.ticket);
+    }
+}
