@@ -114,7 +114,8 @@ impl Blobs {
             for entry in entries {
                 let name = entry?.file_name();
                 // Files of other origin are left alone.
-                digests.extend(name.to_str().and_then(|name| format!("{shard}{name}").parse().ok()));
+                let digest = name.to_str().map(|name| format!("{shard}{name}").parse());
+                digests.extend(digest.and_then(Result::ok));
             }
             Ok(digests)
         })
@@ -127,8 +128,10 @@ impl Inner {
         let digest = Digest(Sha256::digest(bytes).into());
         let path = self.path(digest);
         let dir = path.parent().unwrap_or(&self.root);
-        let kept = fs::symlink_metadata(&path);
-        if kept.is_ok_and(|kept| kept.is_file() && kept.len() == bytes.len() as u64) {
+        // What is there may be damaged, so its name alone says nothing.
+        let mut kept = Vec::new();
+        let found = self.file(digest).and_then(|mut file| Ok(file.read_to_end(&mut kept)?));
+        if found.is_ok() && kept == bytes {
             // Whoever renamed it may not have synced the directory yet.
             sync_dir(dir)?;
             return Ok(digest);
@@ -235,6 +238,8 @@ mod tests {
         let name = digest.to_string();
         fs::write(dir.path().join("blobs").join(&name[..2]).join(&name[2..]), "abb").unwrap();
         assert!(matches!(blobs.get(digest).await, Err(Error::Damaged(_))));
+        blobs.put("abc".into()).await.unwrap();
+        assert_eq!(blobs.get(digest).await.unwrap(), "abc");
     }
 
     #[tokio::test]
