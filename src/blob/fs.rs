@@ -114,8 +114,8 @@ impl Blobs {
             for entry in entries {
                 let name = entry?.file_name();
                 // Files of other origin are left alone.
-                let digest = name.to_str().map(|name| format!("{shard}{name}").parse());
-                digests.extend(digest.and_then(Result::ok));
+                let Some(name) = name.to_str() else { continue };
+                digests.extend(format!("{shard}{name}").parse::<Digest>().ok());
             }
             Ok(digests)
         })
@@ -198,6 +198,7 @@ fn sync_dir(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blob::InvalidDigest;
 
     async fn blobs() -> (tempfile::TempDir, Blobs) {
         let dir = tempfile::tempdir().unwrap();
