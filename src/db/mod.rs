@@ -62,6 +62,54 @@ impl Tx {
     }
 }
 
+/// A transaction that writes.
+pub struct Write<'a> {
+    db: &'a Db,
+    slot: tokio::sync::MutexGuard<'a, Option<SqliteConnection>>,
+    tx: Option<Tx>,
+}
+
+impl Write<'_> {
+    /// The transaction.
+    ///
+    /// # Panics
+    /// Never: it is there until `self` is consumed.
+    pub fn tx(&mut self) -> &mut Tx {
+        self.tx.as_mut().expect("there until the transaction ends")
+    }
+
+    /// Commits: what was written is on stable storage afterwards.
+    pub async fn commit(mut self) -> Result<()> {
+        match sqlx::query("COMMIT").execute(self.tx().conn()).await {
+            Ok(_) => {
+                *self.slot = self.tx.take().map(|tx| tx.0);
+                Ok(())
+            }
+            Err(error) => Err(self.distrust(error)),
+        }
+    }
+
+    /// Undoes everything, because of `error`.
+    pub async fn rollback(mut self, error: Error) -> Error {
+        if error.reason() == Reason::StorageUnavailable {
+            return self.distrust(error);
+        }
+        match sqlx::query("ROLLBACK").execute(self.tx().conn()).await {
+            Ok(_) => {
+                *self.slot = self.tx.take().map(|tx| tx.0);
+                error
+            }
+            Err(error) => self.distrust(error),
+        }
+    }
+
+    /// Drops the connection, which undoes what it did; the next writer opens the file anew.
+    fn distrust(self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+        self.db.set_healthy(false);
+        Error::storage(error)
+    }
+}
+
 impl Db {
     /// Opens the database at `path`, making it when it is missing, and migrates it.
     pub async fn open(path: &Path) -> Result<Self> {
@@ -97,36 +145,37 @@ impl Db {
         })))
     }
 
+    /// Begins a transaction. One writer runs at a time. Dropped without
+    /// [`commit`](Write::commit), everything it did is undone.
+    pub async fn begin(&self) -> Result<Write<'_>> {
+        let mut slot = self.0.writer.lock().await;
+        let conn = match slot.take() {
+            Some(conn) => Ok(conn),
+            None => open_connection(&self.0.options).await,
+        };
+        let mut write = match conn {
+            Ok(conn) => Write { db: self, slot, tx: Some(Tx(conn)) },
+            Err(error) => {
+                self.set_healthy(false);
+                return Err(error);
+            }
+        };
+        match sqlx::query("BEGIN IMMEDIATE").execute(write.tx().conn()).await {
+            Ok(_) => Ok(write),
+            Err(error) => Err(write.distrust(error)),
+        }
+    }
+
     /// Runs `f` in a transaction: committed, and synced, when `f` is `Ok`, else rolled back.
-    /// One writer runs at a time.
     pub async fn write<T, F>(&self, f: F) -> Result<T>
     where
         F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
         T: Send,
     {
-        let mut slot = self.0.writer.lock().await;
-        let conn = match slot.take() {
-            Some(conn) => conn,
-            None => {
-                open_connection(&self.0.options).await.inspect_err(|_| self.set_healthy(false))?
-            }
-        };
-        let mut tx = Tx(conn);
-        match run(&mut tx, f).await {
-            Ok(Err(error)) if error.reason() == Reason::StorageUnavailable => {
-                self.set_healthy(false);
-                Err(error)
-            }
-            Ok(done) => {
-                *slot = Some(tx.0);
-                done
-            }
-            // The connection is dropped: whatever it did is undone, and the next writer opens
-            // the file anew.
-            Err(error) => {
-                self.set_healthy(false);
-                Err(Error::storage(error))
-            }
+        let mut write = self.begin().await?;
+        match f(write.tx()).await {
+            Ok(value) => write.commit().await.map(|()| value),
+            Err(error) => Err(write.rollback(error).await),
         }
     }
 
@@ -240,24 +289,6 @@ pub async fn watch_health(db: Db, clock: crate::clock::Clock) -> anyhow::Result<
 
 async fn open_connection(options: &SqliteConnectOptions) -> Result<SqliteConnection> {
     options.connect().await.map_err(Error::storage)
-}
-
-/// The outer error means that the connection is not to be used again.
-async fn run<T, F>(tx: &mut Tx, f: F) -> Result<Result<T>, sqlx::Error>
-where
-    F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
-{
-    sqlx::query("BEGIN IMMEDIATE").execute(tx.conn()).await?;
-    match f(tx).await {
-        Ok(value) => {
-            sqlx::query("COMMIT").execute(tx.conn()).await?;
-            Ok(Ok(value))
-        }
-        Err(error) => {
-            sqlx::query("ROLLBACK").execute(tx.conn()).await?;
-            Ok(Err(error))
-        }
-    }
 }
 
 impl From<sqlx::Error> for Error {
