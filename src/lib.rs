@@ -3,6 +3,7 @@
 pub mod blob;
 pub mod clock;
 pub mod db;
+pub mod config;
 pub mod error;
 pub mod events;
 pub mod id;

@@ -1,0 +1,426 @@
+//! The server's configuration: one typed tree, its defaults, and what it refuses.
+//!
+//! Values come from the defaults, a TOML file, `BATON_*` variables and flags, later ones
+//! winning; [`load`] does that and remembers where each came from. A key `server.io_threads`
+//! has the variable `BATON_SERVER_IO_THREADS`. An empty text means "off".
+
+mod load;
+pub mod units;
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+pub use load::{ConfigError, Entry, Loaded, Origin, Sources, load};
+
+/// Everything that can be set.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Address, threads, shutdown.
+    pub server: Server,
+    /// What one client may use up.
+    pub limits: Limits,
+    /// Credentials.
+    pub auth: Auth,
+    /// Where data lie.
+    pub storage: Storage,
+    /// Admission.
+    pub queue: Queue,
+    /// Tasks.
+    pub tasks: Tasks,
+    /// Leases and runner sessions.
+    pub runners: Runners,
+    /// Live token logs.
+    pub relay: Relay,
+    /// Logs and traces.
+    pub telemetry: Telemetry,
+}
+
+/// Address, threads, shutdown.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    /// Where the one port listens.
+    pub addr: SocketAddr,
+    /// Threads that serve connections; 1 means that the main thread serves them too.
+    pub io_threads: usize,
+    /// Longest shutdown, from the signal to the exit.
+    #[serde(with = "units::duration")]
+    pub shutdown_grace: Duration,
+    /// Whether the API describes itself to generic clients.
+    pub reflection: bool,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            addr: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            io_threads: 1,
+            shutdown_grace: Duration::from_secs(30),
+            reflection: true,
+        }
+    }
+}
+
+/// What one client may use up.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Open connections in all.
+    pub connections: usize,
+    /// Open connections from one address.
+    pub connections_per_ip: usize,
+    /// Open calls on one connection.
+    pub streams_per_connection: u32,
+    /// Unary calls at work in all; more are refused, health and metrics excepted.
+    pub calls: usize,
+    /// Open streaming calls in all.
+    pub streams: usize,
+    /// A connection that has not spoken for this long since it opened is closed.
+    #[serde(with = "units::duration")]
+    pub handshake_timeout: Duration,
+    /// An HTTP/1.1 request head must be complete within this time.
+    #[serde(with = "units::duration")]
+    pub header_timeout: Duration,
+    /// A silent HTTP/2 connection is pinged this often.
+    #[serde(with = "units::duration")]
+    pub keepalive_interval: Duration,
+    /// A ping must be answered within this time.
+    #[serde(with = "units::duration")]
+    pub keepalive_timeout: Duration,
+    /// Receive window of a connection. Small DATA frames that nobody has read yet are counted
+    /// against half of it, so that a small window lets a burst of tokens end a connection.
+    #[serde(with = "units::bytes")]
+    pub connection_window: u64,
+    /// Receive window of a stream.
+    #[serde(with = "units::bytes")]
+    pub stream_window: u64,
+    /// Largest message received.
+    #[serde(with = "units::bytes")]
+    pub message: u64,
+    /// Largest set of headers received.
+    #[serde(with = "units::bytes")]
+    pub headers: u64,
+    /// Calls that a client may cancel before the server has looked at them, per connection.
+    pub pending_resets: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 20_000,
+            connections_per_ip: 10_000,
+            streams_per_connection: 1_000,
+            calls: 4_096,
+            streams: 100_000,
+            handshake_timeout: Duration::from_secs(10),
+            header_timeout: Duration::from_secs(10),
+            keepalive_interval: Duration::from_secs(20),
+            keepalive_timeout: Duration::from_secs(10),
+            connection_window: 16 << 20,
+            stream_window: 1 << 20,
+            message: 4 << 20,
+            headers: 16 << 10,
+            pending_resets: 200,
+        }
+    }
+}
+
+/// Credentials.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Auth {
+    /// Whether calls need a credential. May be off on a loopback address only; everybody who
+    /// reaches the port is then an admin of the namespace `default`.
+    pub required: bool,
+    /// Whether `grpc.health.v1.Health` answers without a credential.
+    pub open_health: bool,
+    /// Whether reflection answers without a credential.
+    pub open_reflection: bool,
+}
+
+impl Default for Auth {
+    fn default() -> Self {
+        Self { required: true, open_health: true, open_reflection: false }
+    }
+}
+
+/// Where data lie.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Storage {
+    /// Directory of the database and the files; made when absent.
+    pub data_dir: PathBuf,
+    /// Connections that read the database.
+    pub readers: u32,
+    /// Writes are refused while the disk has less than this to give.
+    #[serde(with = "units::bytes")]
+    pub min_free: u64,
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self { data_dir: PathBuf::from("baton-data"), readers: 4, min_free: 64 << 20 }
+    }
+}
+
+/// Admission.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Queue {
+    /// Waiting tasks per model and namespace.
+    pub max_per_model: u64,
+    /// Waiting tasks per namespace.
+    pub max_per_namespace: u64,
+    /// What a full queue does.
+    pub full: FullPolicy,
+    /// A waiting task gains one point of priority each time this passes, so that none starves.
+    #[serde(with = "units::duration")]
+    pub ageing: Duration,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self {
+            max_per_model: 1_000_000,
+            max_per_namespace: 2_000_000,
+            full: FullPolicy::Reject,
+            ageing: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What a full queue does with a new task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FullPolicy {
+    /// Refuses it.
+    Reject,
+    /// Ends the oldest waiting task of the lowest priority, if not above the new one's.
+    DropOldest,
+}
+
+/// Tasks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tasks {
+    /// Ended tasks are kept this long.
+    #[serde(with = "units::duration")]
+    pub retention: Duration,
+    /// A `request_id` finds its task this long.
+    #[serde(with = "units::duration")]
+    pub request_id_window: Duration,
+    /// Longest attempt of a task that names none.
+    #[serde(with = "units::duration")]
+    pub execution_timeout: Duration,
+    /// Attempts that may be lost with their runners before a task is dead-lettered.
+    pub max_lost: u32,
+    /// Attempts that may be handed back before a task is dead-lettered.
+    pub max_handed_back: u32,
+}
+
+impl Default for Tasks {
+    fn default() -> Self {
+        Self {
+            retention: Duration::from_secs(7 * 86_400),
+            request_id_window: Duration::from_secs(86_400),
+            execution_timeout: Duration::from_secs(3_600),
+            max_lost: 5,
+            max_handed_back: 20,
+        }
+    }
+}
+
+/// Leases and runner sessions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Runners {
+    /// A lease ends this long after the last heartbeat that was heard.
+    #[serde(with = "units::duration")]
+    pub lease_ttl: Duration,
+    /// Heartbeats are due this often.
+    #[serde(with = "units::duration")]
+    pub heartbeat_interval: Duration,
+    /// A runner that lost its connection may come back to its session within this time.
+    #[serde(with = "units::duration")]
+    pub session_grace: Duration,
+    /// Runners are asked to renew a stream of this age.
+    #[serde(with = "units::duration")]
+    pub max_stream_age: Duration,
+    /// A cancelled attempt must have given its slot back within this time.
+    #[serde(with = "units::duration")]
+    pub cancel_grace: Duration,
+}
+
+impl Default for Runners {
+    fn default() -> Self {
+        Self {
+            lease_ttl: Duration::from_secs(15),
+            heartbeat_interval: Duration::from_secs(5),
+            session_grace: Duration::from_secs(15),
+            max_stream_age: Duration::from_secs(3_600),
+            cancel_grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Live token logs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Relay {
+    /// Memory of one task's log.
+    #[serde(with = "units::bytes")]
+    pub per_task: u64,
+    /// Memory of all logs.
+    #[serde(with = "units::bytes")]
+    pub total: u64,
+    /// Tokens may wait this long to be sent with others; zero sends each at once.
+    #[serde(with = "units::duration")]
+    pub batch: Duration,
+}
+
+impl Default for Relay {
+    fn default() -> Self {
+        Self { per_task: 8 << 20, total: 512 << 20, batch: Duration::ZERO }
+    }
+}
+
+/// Logs and traces.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Telemetry {
+    /// Form of log lines.
+    pub log_format: LogFormat,
+    /// What is logged, as `level` or `target=level,…`.
+    pub log_filter: String,
+    /// Where traces are sent (OTLP over gRPC), such as `http://127.0.0.1:4317`. Default: off.
+    pub otlp_endpoint: String,
+    /// Headers of the exporter, `name=value,…`. Secret.
+    pub otlp_headers: Secret,
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self {
+            log_format: LogFormat::Text,
+            log_filter: "info".into(),
+            otlp_endpoint: String::new(),
+            otlp_headers: Secret::default(),
+        }
+    }
+}
+
+/// Form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For programs, one object a line.
+    Json,
+}
+
+/// A text that never shows itself in logs and debug output.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_empty() { "\"\"" } else { "[redacted]" })
+    }
+}
+
+impl Config {
+    /// Refuses values that cannot work, naming the key.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let refuse = |key: &str, problem: String| Err(ConfigError::refused(key, problem));
+        if !self.auth.required && !self.server.addr.ip().is_loopback() {
+            return refuse(
+                "auth.required",
+                format!(
+                    "must be true unless server.addr is loopback, which {} is not; otherwise everybody who reaches the port is an admin",
+                    self.server.addr
+                ),
+            );
+        }
+        let (limits, runners) = (&self.limits, &self.runners);
+        let least: [(&str, u64, u64); 14] = [
+            ("server.io_threads", self.server.io_threads as u64, 1),
+            ("limits.connections", limits.connections as u64, 1),
+            ("limits.connections_per_ip", limits.connections_per_ip as u64, 1),
+            ("limits.streams_per_connection", limits.streams_per_connection.into(), 1),
+            ("limits.calls", limits.calls as u64, 1),
+            ("limits.streams", limits.streams as u64, 1),
+            ("limits.connection_window", limits.connection_window, 65_535),
+            ("limits.stream_window", limits.stream_window, 65_535),
+            ("limits.message", limits.message, 1_024),
+            ("limits.headers", limits.headers, 4_096),
+            ("storage.readers", self.storage.readers.into(), 1),
+            ("queue.max_per_model", self.queue.max_per_model, 1),
+            ("queue.max_per_namespace", self.queue.max_per_namespace, 1),
+            ("relay.per_task", self.relay.per_task, 65_536),
+        ];
+        for (key, value, least) in least {
+            if value < least {
+                return refuse(key, format!("is {value}, and must be at least {least}"));
+            }
+        }
+        let most: [(&str, u64, u64); 6] = [
+            ("server.io_threads", self.server.io_threads as u64, 1_024),
+            ("limits.connection_window", limits.connection_window, (1 << 31) - 1),
+            ("limits.stream_window", limits.stream_window, (1 << 31) - 1),
+            ("limits.message", limits.message, 1 << 30),
+            ("limits.headers", limits.headers, 1 << 20),
+            ("storage.readers", self.storage.readers.into(), 256),
+        ];
+        for (key, value, most) in most {
+            if value > most {
+                return refuse(key, format!("is {value}, and must be at most {most}"));
+            }
+        }
+        let positive = [
+            ("limits.handshake_timeout", limits.handshake_timeout),
+            ("limits.header_timeout", limits.header_timeout),
+            ("limits.keepalive_interval", limits.keepalive_interval),
+            ("limits.keepalive_timeout", limits.keepalive_timeout),
+            ("queue.ageing", self.queue.ageing),
+            ("tasks.execution_timeout", self.tasks.execution_timeout),
+            ("tasks.retention", self.tasks.retention),
+            ("runners.heartbeat_interval", runners.heartbeat_interval),
+            ("runners.max_stream_age", runners.max_stream_age),
+        ];
+        for (key, value) in positive {
+            if value.is_zero() {
+                return refuse(key, "must be more than zero".into());
+            }
+        }
+        if runners.lease_ttl < runners.heartbeat_interval * 2 {
+            return refuse(
+                "runners.lease_ttl",
+                "must be at least twice runners.heartbeat_interval, or one late heartbeat loses leases".into(),
+            );
+        }
+        if self.relay.total < self.relay.per_task {
+            return refuse("relay.total", "must be at least relay.per_task".into());
+        }
+        let endpoint = &self.telemetry.otlp_endpoint;
+        if !endpoint.is_empty()
+            && !(endpoint.starts_with("http://") || endpoint.starts_with("https://"))
+        {
+            return refuse(
+                "telemetry.otlp_endpoint",
+                format!("`{endpoint}` must begin with http:// or https://"),
+            );
+        }
+        Ok(())
+    }
+}
