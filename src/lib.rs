@@ -11,6 +11,7 @@ pub mod json;
 pub mod pb;
 pub mod relay;
 pub mod supervisor;
+pub mod telemetry;
 
 pub mod keys;
 pub mod tasks;

@@ -1,0 +1,97 @@
+//! Log lines on stderr, traces over OTLP, and the metrics registry.
+//!
+//! Log lines carry no text of users but in fields, which the formatters escape. Spans of this
+//! crate alone are exported, since the exporter itself speaks through h2, hyper and tonic.
+
+mod metrics;
+mod trace;
+
+use std::io::IsTerminal as _;
+
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_otlp::{WithExportConfig as _, WithTonicConfig as _};
+use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
+use tonic::metadata::{MetadataKey, MetadataMap, MetadataValue};
+use tracing_subscriber::{
+    EnvFilter, Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
+
+use crate::config::{self, ConfigError, LogFormat};
+
+pub use metrics::{MethodLabel, Metrics, OutcomeLabel, ReasonLabel, RpcLabels, StateLabel};
+pub use trace::{TraceParent, adopt_parent, traceparent};
+
+/// Keeps the exporter alive; [`Telemetry::shutdown`] sends what is left.
+#[derive(Default)]
+pub struct Telemetry(Option<SdkTracerProvider>);
+
+impl Telemetry {
+    /// Installs the process's subscriber. Must run inside the runtime when traces are exported.
+    /// A second call in one process changes nothing, which suits tests.
+    pub fn init(config: &config::Telemetry) -> Result<Self, ConfigError> {
+        let filter = EnvFilter::try_new(&config.log_filter).map_err(|error| {
+            ConfigError::refused("telemetry.log_filter", format!("is not a filter: {error}"))
+        })?;
+        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let lines = match config.log_format {
+            LogFormat::Json => lines.json().flatten_event(true).boxed(),
+            LogFormat::Text => {
+                let colours = std::io::stderr().is_terminal();
+                lines.with_ansi(colours).with_target(false).boxed()
+            }
+        };
+        let provider = exporter(config)?;
+        let spans = provider.as_ref().map(|provider| {
+            tracing_opentelemetry::layer()
+                .with_tracer(provider.tracer("baton"))
+                .with_filter(Targets::new().with_target("baton", tracing::Level::INFO))
+        });
+        let installed =
+            tracing_subscriber::registry().with(lines.with_filter(filter)).with(spans).try_init();
+        if installed.is_err() {
+            tracing::debug!("a subscriber was installed before");
+        }
+        Ok(Self(provider))
+    }
+
+    /// Sends the spans that wait for export.
+    pub async fn shutdown(self) {
+        let Some(provider) = self.0 else { return };
+        // The exporter's thread needs this runtime, so the wait happens beside it.
+        let sent = tokio::task::spawn_blocking(move || provider.shutdown()).await;
+        if let Ok(Err(error)) = sent {
+            tracing::debug!(%error, "spans left unsent");
+        }
+    }
+}
+
+fn exporter(config: &config::Telemetry) -> Result<Option<SdkTracerProvider>, ConfigError> {
+    if config.otlp_endpoint.is_empty() {
+        return Ok(None);
+    }
+    let refuse = |problem: String| ConfigError::refused("telemetry.otlp_endpoint", problem);
+    let exporter = opentelemetry_otlp::SpanExporter::builder()
+        .with_tonic()
+        .with_endpoint(config.otlp_endpoint.clone())
+        .with_metadata(headers(config.otlp_headers.expose())?)
+        .build()
+        .map_err(|error| refuse(error.to_string()))?;
+    let provider = SdkTracerProvider::builder()
+        .with_batch_exporter(exporter)
+        .with_resource(Resource::builder().with_service_name("baton").build())
+        .build();
+    Ok(Some(provider))
+}
+
+fn headers(text: &str) -> Result<MetadataMap, ConfigError> {
+    let mut map = MetadataMap::new();
+    for pair in text.split(',').filter(|pair| !pair.trim().is_empty()) {
+        let refuse = || {
+            ConfigError::refused("telemetry.otlp_headers", "must read name=value,name=value".into())
+        };
+        let (name, value) = pair.split_once('=').ok_or_else(refuse)?;
+        let name = MetadataKey::from_bytes(name.trim().as_bytes()).map_err(|_| refuse())?;
+        map.insert(name, MetadataValue::try_from(value.trim()).map_err(|_| refuse())?);
+    }
+    Ok(map)
+}
