@@ -2,8 +2,8 @@
 
 pub mod blob;
 pub mod clock;
-pub mod db;
 pub mod config;
+pub mod db;
 pub mod error;
 pub mod events;
 pub mod id;
