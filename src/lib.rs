@@ -9,6 +9,7 @@ pub mod events;
 pub mod id;
 pub mod json;
 pub mod pb;
+pub mod queue;
 pub mod relay;
 pub mod supervisor;
 pub mod telemetry;
