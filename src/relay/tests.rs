@@ -1,1 +1,3 @@
+//! The relay as readers and runners see it.
+
 
