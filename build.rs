@@ -33,6 +33,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         // `RunnerService.Connect` would collide with the constructor `connect`.
         .build_transport(false)
         .bytes(".baton.v1")
+        // A request's digest needs the same bytes for the same request.
+        .btree_map(".baton.v1.TaskSpec")
         .out_dir(&client)
         .compile_fds(descriptors.clone())?;
 

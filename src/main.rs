@@ -1,3 +1,1 @@
-//! The `baton` command.
-
 fn main() {}

@@ -8,6 +8,7 @@
 
 mod admin;
 mod bulk;
+pub mod page;
 
 use std::{
     path::{Path, PathBuf},

@@ -1,3 +1,1 @@
-//! The relay as readers and runners see it.
-
 

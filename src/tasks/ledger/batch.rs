@@ -1,0 +1,515 @@
+//! One transaction's worth of commands: loaded, applied in memory, saved.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use super::{Answer, Ask, Command, NewTask, Parts, Submitted};
+use crate::{
+    clock::Micros,
+    db::Tx,
+    error::{Error, Kind, Reason, Result},
+    events::store::{self as events, NewEvent},
+    id::{Namespace, TaskId},
+    relay::{Log, SegmentData},
+    tasks::{
+        convert,
+        model::{State, Task},
+        state::{self, Entry, Event, Head, Outcome, Rejected},
+        store::{self, Request, SegmentRow},
+    },
+};
+
+/// A row in the making.
+struct Row {
+    task: Arc<Task>,
+    /// Revision in the database; `None` for a row to insert.
+    stored: Option<u64>,
+    deleted: bool,
+}
+
+/// What a command did, to be told after the commit.
+pub(super) enum Effect {
+    /// A task was accepted.
+    Accepted(Arc<Task>),
+    /// An attempt began.
+    Started {
+        /// The task as it was.
+        was: Arc<Task>,
+        /// The task as it is.
+        now: Arc<Task>,
+    },
+    /// An attempt ended and another will follow.
+    Requeued {
+        /// The task as it was.
+        was: Arc<Task>,
+        /// The task as it is.
+        now: Arc<Task>,
+        /// Who caused it.
+        cause: Cause,
+    },
+    /// The task ended.
+    Ended {
+        /// The task as it was.
+        was: Arc<Task>,
+        /// The task as it is.
+        now: Arc<Task>,
+        /// Who caused it.
+        cause: Cause,
+    },
+}
+
+/// Whether the runner must be told that its lease ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// It ended the attempt itself.
+    Runner,
+    /// Somebody else did, for this reason.
+    Other(Reason),
+}
+
+/// Commands and what becomes of them. Dropped before it is published, it thaws what it froze.
+pub(super) struct Batch {
+    pub(super) commands: Vec<Command>,
+    pub(super) answers: Vec<Result<Answer>>,
+    pub(super) effects: Vec<Effect>,
+    /// Frames by task, in order.
+    pub(super) frames: HashMap<TaskId, Vec<(u64, bytes::Bytes)>>,
+    rows: HashMap<TaskId, Row>,
+    known: HashMap<(Namespace, String), Request>,
+    events: Vec<NewEvent>,
+    segments: Vec<SegmentRow>,
+    reservations: Vec<(TaskId, u32, u64)>,
+    requests: Vec<Request>,
+    retries: Vec<(TaskId, TaskId)>,
+    frozen: Vec<(Arc<Log>, u32)>,
+}
+
+impl Batch {
+    pub(super) fn new(commands: Vec<Command>) -> Self {
+        Self {
+            answers: Vec::with_capacity(commands.len()),
+            commands,
+            effects: Vec::new(),
+            frames: HashMap::new(),
+            rows: HashMap::new(),
+            known: HashMap::new(),
+            events: Vec::new(),
+            segments: Vec::new(),
+            reservations: Vec::new(),
+            requests: Vec::new(),
+            retries: Vec::new(),
+            frozen: Vec::new(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.commands.len()
+    }
+
+    /// The task as it is after the batch.
+    pub(super) fn task(&self, id: TaskId) -> Option<&Arc<Task>> {
+        self.rows.get(&id).map(|row| &row.task)
+    }
+
+    pub(super) fn into_commands(mut self) -> Vec<Command> {
+        std::mem::take(&mut self.commands)
+    }
+
+    pub(super) fn fail(mut self, error: &Error) {
+        for command in std::mem::take(&mut self.commands) {
+            let answer = Error::new(error.kind(), error.reason(), error.message());
+            let answer = match error.retry_delay() {
+                Some(after) => answer.retry_after(after),
+                None => answer,
+            };
+            // The caller may have left.
+            let _ = command.reply.send(Err(answer));
+        }
+    }
+
+    /// The commit is done: logs that were frozen are left to their next entries.
+    pub(super) fn committed(&mut self) {
+        self.frozen.clear();
+    }
+
+    /// Reads what the commands are about: from `cache`, else from the database.
+    pub(super) async fn load(
+        &mut self,
+        tx: &mut Tx,
+        cache: &HashMap<TaskId, Arc<Task>>,
+        parts: &Parts,
+    ) -> Result<()> {
+        let since = parts.clock.now() - store::REQUEST_ID_TTL;
+        let keys: Vec<(&str, &str)> = self
+            .commands
+            .iter()
+            .filter_map(|command| match &command.ask {
+                Ask::Submit(new) => Some((new.namespace.as_str(), new.request_id.as_deref()?)),
+                _ => None,
+            })
+            .collect();
+        let known = store::find_requests(tx, &keys, since).await?;
+        let mut wanted: HashSet<TaskId> = known.iter().map(|request| request.task).collect();
+        for command in &self.commands {
+            match &command.ask {
+                Ask::Submit(new) => wanted.extend(new.retry_of),
+                Ask::Apply(id, _) | Ask::Delete(_, id) => {
+                    wanted.insert(*id);
+                }
+                Ask::Record(segments) => wanted.extend(segments.iter().map(|s| s.task)),
+            }
+        }
+        let mut missing = Vec::new();
+        for id in wanted {
+            match cache.get(&id) {
+                Some(task) => self.put(task.clone()),
+                None => missing.push(id),
+            }
+        }
+        for task in store::load(tx, &missing).await? {
+            self.put(Arc::new(task));
+        }
+        self.known = known
+            .into_iter()
+            .map(|request| ((request.namespace.clone(), request.request_id.clone()), request))
+            .collect();
+        Ok(())
+    }
+
+    fn put(&mut self, task: Arc<Task>) {
+        let stored = Some(task.revision);
+        self.rows.insert(task.id, Row { task, stored, deleted: false });
+    }
+
+    /// Applies the commands in order.
+    pub(super) fn apply(&mut self, parts: &Parts) {
+        let now = parts.clock.now();
+        let commands = std::mem::take(&mut self.commands);
+        for command in &commands {
+            let answer = match &command.ask {
+                Ask::Submit(new) => self.submit(new, parts, now),
+                Ask::Apply(id, event) => self.event(*id, event, parts, now),
+                Ask::Record(segments) => {
+                    self.record(segments, now);
+                    Ok(Answer::Done)
+                }
+                Ask::Delete(namespace, id) => self.delete(namespace, *id),
+            };
+            self.answers.push(answer);
+        }
+        self.commands = commands;
+    }
+
+    fn submit(&mut self, new: &NewTask, parts: &Parts, now: Micros) -> Result<Answer> {
+        let key = new.request_id.as_ref().map(|id| (new.namespace.clone(), id.clone()));
+        if let Some(known) = key.as_ref().and_then(|key| self.known.get(key)) {
+            let task = self.rows.get(&known.task).filter(|row| !row.deleted);
+            if known.digest != new.digest {
+                return Err(Error::new(
+                    Kind::AlreadyExists,
+                    Reason::RequestIdReused,
+                    format!("request_id `{}` was used for another request", known.request_id),
+                )
+                .with("request_id", &known.request_id)
+                .with("task_id", known.task));
+            }
+            // A deleted task leaves its request_id free.
+            if let Some(row) = task {
+                let task = row.task.clone();
+                return Ok(Answer::Submitted(Submitted { task, new: false }));
+            }
+        }
+        if let Some(of) = new.retry_of {
+            let ended = self.rows.get(&of).filter(|row| !row.deleted);
+            let ended = ended.ok_or_else(|| Error::not_found("task", of))?;
+            if let Some(by) =
+                ended.task.retried_by.filter(|_| ended.task.state == State::DeadLettered)
+            {
+                return Err(Error::state_conflict(
+                    "task",
+                    of,
+                    ended.task.state,
+                    format!("task `{of}` was redriven already, as `{by}`"),
+                )
+                .with("retried_by", by));
+            }
+        }
+        let task = Arc::new(new_task(new, TaskId::new(now, &parts.entropy), now));
+        if let Some((namespace, request_id)) = key {
+            let request = Request {
+                namespace: namespace.clone(),
+                request_id: request_id.clone(),
+                task: task.id,
+                digest: new.digest,
+                create_time: now,
+            };
+            self.requests.push(request.clone());
+            self.known.insert((namespace, request_id), request);
+        }
+        if let Some(row) = new.retry_of.and_then(|of| self.rows.get_mut(&of)) {
+            let mut ended = Task::clone(&row.task);
+            ended.retried_by = Some(task.id);
+            self.retries.push((ended.id, task.id));
+            row.task = Arc::new(ended);
+        }
+        let (sequence, entry) = state::first_entry(&task);
+        self.entry(&task, sequence, &entry, now);
+        self.rows.insert(task.id, Row { task: task.clone(), stored: None, deleted: false });
+        self.effects.push(Effect::Accepted(task.clone()));
+        Ok(Answer::Submitted(Submitted { task, new: true }))
+    }
+
+    fn event(&mut self, id: TaskId, event: &Event, parts: &Parts, now: Micros) -> Result<Answer> {
+        let Some(was) = self.rows.get(&id).filter(|row| !row.deleted).map(|row| row.task.clone())
+        else {
+            return Err(match attempt_of(event) {
+                Some(attempt) => lease_lost(id, attempt),
+                None => Error::not_found("task", id),
+            });
+        };
+        if attempt_of(event)
+            .is_some_and(|attempt| was.state != State::Running || was.attempt != attempt)
+        {
+            return Err(lease_lost(id, attempt_of(event).unwrap_or_default()));
+        }
+        let (head, frozen) = self.head(&was, parts);
+        let change = match state::apply(&was, event, now, head, parts.entropy.unit()) {
+            Ok(change) => change,
+            Err(rejected) => {
+                if let Some((log, _)) = frozen {
+                    log.thaw(was.attempt);
+                }
+                return Err(refused(&was, rejected, attempt_of(event)));
+            }
+        };
+        if let Some((log, rest)) = frozen {
+            if let Some(rest) = rest {
+                self.segment(&rest, &was.namespace, now);
+            }
+            self.frozen.push((log, was.attempt));
+        }
+        let mut task = change.task;
+        count_usage(&was, &mut task, event, now);
+        let task = Arc::new(task);
+        for (sequence, entry) in &change.entries {
+            self.entry(&task, *sequence, entry, now);
+        }
+        if let Some(row) = self.rows.get_mut(&id) {
+            row.task = task.clone();
+        }
+        let cause = cause_of(event);
+        self.effects.push(match task.state {
+            State::Running => Effect::Started { was, now: task.clone() },
+            State::Queued => Effect::Requeued { was, now: task.clone(), cause },
+            _ => Effect::Ended { was, now: task.clone(), cause },
+        });
+        Ok(Answer::Applied(task))
+    }
+
+    /// Sequences in use. A live attempt's log is frozen, so that none is added meanwhile.
+    fn head(&self, task: &Task, parts: &Parts) -> (Head, Option<(Arc<Log>, Option<SegmentData>)>) {
+        let base = task.last_sequence;
+        if task.state != State::Running {
+            return (Head { head: base, in_doubt: None }, None);
+        }
+        let Some(log) = parts.relay.find(task.id) else {
+            // A running attempt always has a log; without one nobody knows what was shown.
+            return (Head { head: base, in_doubt: Some(task.reserved_sequence) }, None);
+        };
+        let frozen = log.freeze(task.attempt);
+        let head = Head { head: frozen.head.max(base), in_doubt: frozen.in_doubt };
+        (head, Some((log, frozen.rest)))
+    }
+
+    fn entry(&mut self, task: &Arc<Task>, sequence: u64, entry: &Entry, time: Micros) {
+        let frame = convert::encode(sequence, time, task, entry);
+        self.frames.entry(task.id).or_default().push((sequence, frame.clone()));
+        self.events.push(NewEvent {
+            task: task.id,
+            namespace: task.namespace.clone(),
+            sequence,
+            kind: convert::kind(entry),
+            time,
+            frame,
+        });
+    }
+
+    /// Keeps the segments of attempts that still run.
+    fn record(&mut self, segments: &[SegmentData], now: Micros) {
+        for segment in segments {
+            let Some(row) = self.rows.get(&segment.task) else { continue };
+            if row.task.state != State::Running || row.task.attempt != segment.attempt {
+                continue;
+            }
+            let namespace = row.task.namespace.clone();
+            self.segment(segment, &namespace, now);
+        }
+    }
+
+    fn segment(&mut self, segment: &SegmentData, namespace: &Namespace, now: Micros) {
+        let SegmentData { task, attempt, first, last, frames, timeline, reserve_to } = segment;
+        if !frames.is_empty() {
+            self.segments.push(SegmentRow {
+                task: *task,
+                attempt: *attempt,
+                first: *first,
+                last: *last,
+                frames: frames.clone(),
+            });
+        }
+        if let Some(reserve_to) = reserve_to {
+            self.reservations.push((*task, *attempt, *reserve_to));
+        }
+        for (sequence, frame) in timeline {
+            self.events.push(NewEvent {
+                task: *task,
+                namespace: namespace.clone(),
+                sequence: *sequence,
+                kind: convert::kind_of(frame),
+                time: now,
+                frame: frame.clone(),
+            });
+        }
+    }
+
+    fn delete(&mut self, namespace: &Namespace, id: TaskId) -> Result<Answer> {
+        let row = self.rows.get_mut(&id);
+        let row = row.filter(|row| !row.deleted && row.task.namespace == *namespace);
+        let row = row.ok_or_else(|| Error::not_found("task", id))?;
+        if !row.task.state.is_terminal() {
+            return Err(Error::state_conflict(
+                "task",
+                id,
+                row.task.state,
+                format!("task `{id}` is {}; cancel it first", row.task.state),
+            ));
+        }
+        row.deleted = true;
+        Ok(Answer::Done)
+    }
+
+    /// Writes everything.
+    pub(super) async fn save(&mut self, tx: &mut Tx) -> Result<()> {
+        let mut new = Vec::new();
+        let mut moved = Vec::new();
+        let mut deleted = Vec::new();
+        for row in self.rows.values() {
+            match row.stored {
+                _ if row.deleted => deleted.push(row.task.id),
+                None => new.push(&*row.task),
+                Some(was) if was != row.task.revision => moved.push((was, &*row.task)),
+                Some(_) => {}
+            }
+        }
+        // Ids ascend with creation, and so do the pages of the index.
+        new.sort_unstable_by_key(|task| task.id);
+        store::insert(tx, &new).await?;
+        store::update(tx, &moved).await?;
+        store::reserve(tx, &self.reservations).await?;
+        store::link_retries(tx, &self.retries).await?;
+        store::insert_requests(tx, &self.requests).await?;
+        store::insert_segments(tx, &self.segments).await?;
+        events::append(tx, &self.events).await?;
+        for id in deleted {
+            store::delete(tx, id).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        for (log, attempt) in &self.frozen {
+            log.thaw(*attempt);
+        }
+    }
+}
+
+fn new_task(new: &NewTask, id: TaskId, now: Micros) -> Task {
+    Task {
+        id,
+        namespace: new.namespace.clone(),
+        spec: new.spec.clone(),
+        state: State::Queued,
+        attempt: 0,
+        failed: 0,
+        lost: 0,
+        handed_back: 0,
+        create_time: now,
+        start_time: None,
+        end_time: None,
+        not_before: new.not_before,
+        runner: None,
+        base_sequence: 0,
+        last_sequence: 1,
+        reserved_sequence: 1,
+        result: None,
+        error: None,
+        usage: None,
+        revision: 1,
+        request_id: new.request_id.clone(),
+        retry_of: new.retry_of,
+        retried_by: None,
+        traceparent: new.traceparent.clone(),
+    }
+}
+
+/// Fills in what only the server knows: how long the attempt took.
+fn count_usage(was: &Task, task: &mut Task, event: &Event, now: Micros) {
+    if was.state == State::Running && !matches!(event, Event::Start { .. }) {
+        let mut usage = task.usage.unwrap_or_default();
+        usage.execution = now.since(was.start_time.unwrap_or(now));
+        task.usage = Some(usage);
+    }
+}
+
+fn attempt_of(event: &Event) -> Option<u32> {
+    match event {
+        Event::Finish { attempt, .. }
+        | Event::Lose { attempt, .. }
+        | Event::TimeOut { attempt } => Some(*attempt),
+        Event::Start { .. } | Event::Cancel { .. } | Event::Expire(_) | Event::Evict { .. } => None,
+    }
+}
+
+fn cause_of(event: &Event) -> Cause {
+    match event {
+        Event::Finish {
+            outcome: Outcome::HandBack(_) | Outcome::Success(_) | Outcome::Failure(_),
+            ..
+        }
+        | Event::Start { .. } => Cause::Runner,
+        Event::Lose { .. } => Cause::Other(Reason::LeaseLost),
+        Event::TimeOut { .. } => Cause::Other(Reason::ExecutionTimeout),
+        Event::Cancel { .. } => Cause::Other(Reason::Cancelled),
+        Event::Expire(_) => Cause::Other(Reason::DeadlineExceeded),
+        Event::Evict { .. } => Cause::Other(Reason::QueueFullDropLru),
+    }
+}
+
+/// The one answer to anything that comes under a lease that has ended.
+pub fn lease_lost(id: TaskId, attempt: u32) -> Error {
+    Error::new(
+        Kind::FailedPrecondition,
+        Reason::LeaseLost,
+        format!("attempt {attempt} of task `{id}` does not hold the lease; stop that work"),
+    )
+    .with("task_id", id)
+    .with("attempt", attempt)
+}
+
+fn refused(task: &Task, rejected: Rejected, attempt: Option<u32>) -> Error {
+    let conflict = |message: String| Error::state_conflict("task", task.id, task.state, message);
+    match rejected {
+        Rejected::LeaseLost => lease_lost(task.id, attempt.unwrap_or(task.attempt)),
+        Rejected::Ended => conflict(format!("task `{}` has ended: {}", task.id, task.state)),
+        Rejected::NotQueued => {
+            conflict(format!("task `{}` does not wait: {}", task.id, task.state))
+        }
+        Rejected::NotDue => {
+            conflict(format!("the time for it has not come for task `{}`", task.id))
+        }
+    }
+}

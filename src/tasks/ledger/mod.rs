@@ -1,0 +1,280 @@
+//! The ledger: the only writer of task state.
+//!
+//! A loop takes every command that waits, loads the rows concerned, applies the state machine
+//! to them in order, writes rows and entries in one transaction, and answers after the commit.
+//! So a commit is shared by whatever came in while the last one was being synced, and nothing
+//! waits for a timer. After the commit it tells the relay, the queue, the timers and the tail;
+//! each of those can lose what it was told, and a sweep makes it good.
+
+mod batch;
+mod publish;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::{collections::HashMap, sync::Arc};
+
+use tokio::sync::{mpsc, oneshot};
+
+use self::batch::Batch;
+use super::{
+    model::{Spec, Task},
+    state,
+    timers::Timers,
+};
+use crate::{
+    clock::{Clock, Micros},
+    db::Db,
+    error::{Error, Reason, Result},
+    events::Tail,
+    id::{Entropy, Namespace, RunnerId, TaskId},
+    queue::Queue,
+    relay::{Relay, SegmentData},
+    telemetry::Metrics,
+};
+
+/// Commands that may wait: enough for every call that the server takes at once.
+const WAITING: usize = 8192;
+/// Most commands in one transaction, so that none waits long for its neighbours.
+const BATCH: usize = 512;
+/// Open tasks whose rows are kept at hand.
+const CACHED: usize = 16_384;
+/// Rows with a longer input than this are not kept at hand.
+const CACHED_INPUT: usize = 64 << 10;
+
+/// A task to accept.
+#[derive(Clone, Debug)]
+pub struct NewTask {
+    /// Tenant.
+    pub namespace: Namespace,
+    /// What is asked for.
+    pub spec: Spec,
+    /// Earliest start.
+    pub not_before: Option<Micros>,
+    /// Idempotency key.
+    pub request_id: Option<String>,
+    /// SHA-256 of the request.
+    pub digest: [u8; 32],
+    /// The ended task that it retries.
+    pub retry_of: Option<TaskId>,
+    /// W3C trace context.
+    pub traceparent: Option<String>,
+}
+
+/// An accepted task.
+#[derive(Clone, Debug)]
+pub struct Submitted {
+    /// The task, as it is now.
+    pub task: Arc<Task>,
+    /// Whether this call made it, rather than an earlier one with the same request_id.
+    pub new: bool,
+}
+
+/// An attempt to start.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// Task.
+    pub task: TaskId,
+    /// Runner that gets the lease.
+    pub runner: RunnerId,
+    /// Its host.
+    pub node: String,
+    /// Its engine.
+    pub engine: String,
+    /// Version of the engine.
+    pub engine_version: String,
+}
+
+/// What a command asks for.
+#[derive(Debug)]
+enum Ask {
+    Submit(Box<NewTask>),
+    Apply(TaskId, state::Event),
+    Record(Vec<SegmentData>),
+    Delete(Namespace, TaskId),
+}
+
+/// What a command gets.
+#[derive(Clone, Debug)]
+enum Answer {
+    Submitted(Submitted),
+    Applied(Arc<Task>),
+    Done,
+}
+
+#[derive(Debug)]
+struct Command {
+    ask: Ask,
+    reply: oneshot::Sender<Result<Answer>>,
+}
+
+/// A handle to the ledger; clones share it.
+#[derive(Clone, Debug)]
+pub struct Ledger(mpsc::Sender<Command>);
+
+/// What the loop works with.
+#[derive(Clone)]
+pub struct Parts {
+    /// Truth.
+    pub db: Db,
+    /// Time.
+    pub clock: Clock,
+    /// Ids and jitter.
+    pub entropy: Entropy,
+    /// Live streams.
+    pub relay: Relay,
+    /// Waiting tasks.
+    pub queue: Queue,
+    /// Time limits.
+    pub timers: Timers,
+    /// Followers of the timeline.
+    pub tail: Tail,
+    /// Figures.
+    pub metrics: Metrics,
+}
+
+/// The loop's own end.
+pub struct Writer {
+    commands: mpsc::Receiver<Command>,
+    parts: Parts,
+    /// Rows of open tasks, as they are in the database: this loop is their only writer.
+    cache: HashMap<TaskId, Arc<Task>>,
+}
+
+/// Makes a ledger.
+pub fn new(parts: Parts) -> (Ledger, Writer) {
+    let (sender, commands) = mpsc::channel(WAITING);
+    (Ledger(sender), Writer { commands, parts, cache: HashMap::new() })
+}
+
+impl Ledger {
+    /// Accepts tasks; each has its own outcome.
+    pub async fn submit(&self, new: Vec<NewTask>) -> Vec<Result<Submitted>> {
+        let asks = new.into_iter().map(|new| Ask::Submit(Box::new(new)));
+        self.ask_all(asks, |answer| match answer {
+            Answer::Submitted(submitted) => Some(submitted),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Starts attempts; each has its own outcome. Refused when the task does not wait any more.
+    pub async fn start(&self, starts: Vec<Start>) -> Vec<Result<Arc<Task>>> {
+        let asks = starts.into_iter().map(|start| {
+            let Start { task, runner, node, engine, engine_version } = start;
+            Ask::Apply(task, state::Event::Start { runner, node, engine, engine_version })
+        });
+        self.ask_all(asks, applied).await
+    }
+
+    /// Applies an event to a task: LEASE_LOST when it names an attempt that does not hold the
+    /// lease, STATE_CONFLICT when the task has ended.
+    pub async fn apply(&self, id: TaskId, event: state::Event) -> Result<Arc<Task>> {
+        let mut answers = self.ask_all([Ask::Apply(id, event)], applied).await;
+        answers.pop().unwrap_or_else(|| Err(lost()))
+    }
+
+    /// Keeps runner-made entries and reservations of running attempts. What belongs to an
+    /// attempt that has ended is left out.
+    pub async fn record(&self, segments: Vec<SegmentData>) -> Result<()> {
+        let mut answers = self.ask_all([Ask::Record(segments)], |_| Some(())).await;
+        answers.pop().unwrap_or_else(|| Err(lost()))
+    }
+
+    /// Deletes an ended task.
+    pub async fn delete(&self, namespace: Namespace, id: TaskId) -> Result<()> {
+        let mut answers = self.ask_all([Ask::Delete(namespace, id)], |_| Some(())).await;
+        answers.pop().unwrap_or_else(|| Err(lost()))
+    }
+
+    async fn ask_all<T>(
+        &self,
+        asks: impl IntoIterator<Item = Ask>,
+        take: impl Fn(Answer) -> Option<T>,
+    ) -> Vec<Result<T>> {
+        let mut replies = Vec::new();
+        for ask in asks {
+            let (reply, answer) = oneshot::channel();
+            // When the loop is gone the reply is dropped with the command.
+            let _ = self.0.send(Command { ask, reply }).await;
+            replies.push(answer);
+        }
+        let mut answers = Vec::with_capacity(replies.len());
+        for reply in replies {
+            let answer = reply.await.unwrap_or_else(|_| Err(lost()));
+            answers.push(answer.and_then(|answer| take(answer).ok_or_else(lost)));
+        }
+        answers
+    }
+}
+
+fn applied(answer: Answer) -> Option<Arc<Task>> {
+    match answer {
+        Answer::Applied(task) => Some(task),
+        _ => None,
+    }
+}
+
+fn lost() -> Error {
+    Error::storage("the ledger stopped before the commit")
+}
+
+impl Writer {
+    /// Serves commands until all handles are gone.
+    pub async fn run(mut self) -> anyhow::Result<()> {
+        let mut commands = Vec::with_capacity(BATCH);
+        while self.run_once(&mut commands).await {}
+        Ok(())
+    }
+
+    /// Waits for commands and serves those that wait; false when all handles are gone.
+    async fn run_once(&mut self, commands: &mut Vec<Command>) -> bool {
+        if self.commands.recv_many(commands, BATCH).await == 0 {
+            return false;
+        }
+        let mut batch = Batch::new(std::mem::take(commands));
+        match self.commit(&mut batch).await {
+            Ok(()) => self.publish(batch),
+            Err(error) if error.reason() == Reason::StorageUnavailable || batch.len() == 1 => {
+                self.fail(batch, &error);
+            }
+            Err(error) => {
+                // One command's row was refused; the others shall not suffer for it.
+                tracing::error!(error = ?error, "a batch was refused; committing one by one");
+                for command in batch.into_commands() {
+                    let mut batch = Batch::new(vec![command]);
+                    match self.commit(&mut batch).await {
+                        Ok(()) => self.publish(batch),
+                        Err(error) => self.fail(batch, &error),
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    async fn commit(&mut self, batch: &mut Batch) -> Result<()> {
+        let began = self.parts.clock.mono();
+        let mut write = self.parts.db.begin().await?;
+        let done = async {
+            batch.load(write.tx(), &self.cache, &self.parts).await?;
+            batch.apply(&self.parts);
+            batch.save(write.tx()).await
+        };
+        match done.await {
+            Ok(()) => write.commit().await?,
+            Err(error) => return Err(write.rollback(error).await),
+        }
+        let took = self.parts.clock.mono().since(began);
+        self.parts.metrics.ledger_batch.observe(batch.len() as f64);
+        self.parts.metrics.ledger_commit_seconds.observe(took.as_secs_f64());
+        Ok(())
+    }
+
+    /// Answers a batch that was not committed. Its fate may be unknown after an I/O error, so
+    /// nothing that was at hand is trusted.
+    fn fail(&mut self, batch: Batch, error: &Error) {
+        tracing::error!(error = ?error, commands = batch.len(), "nothing was committed");
+        self.cache.clear();
+        batch.fail(error);
+    }
+}

@@ -1,0 +1,146 @@
+//! What is told after a commit. None of it may fail: a nudge that is lost is found by a sweep.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{
+    CACHED, CACHED_INPUT, Writer,
+    batch::{Batch, Cause, Effect},
+};
+use crate::{
+    error::Reason,
+    queue::{Entry, Revocation},
+    tasks::model::{State, Task},
+    telemetry::{OutcomeLabel, StateLabel},
+};
+
+impl Writer {
+    /// Tells everyone what was committed, then answers.
+    pub(super) fn publish(&mut self, mut batch: Batch) {
+        batch.committed();
+        for effect in std::mem::take(&mut batch.effects) {
+            match effect {
+                Effect::Accepted(task) => {
+                    self.parts.timers.watch(&task);
+                    self.parts.queue.push(queue_entry(&task));
+                    self.parts.metrics.submits.inc();
+                    self.keep(task);
+                }
+                Effect::Started { was, now } => {
+                    let ready = was.not_before.unwrap_or(was.create_time);
+                    let waited = now.start_time.unwrap_or(ready).since(ready);
+                    self.parts.queue.started(&now.namespace, &now.spec.model, waited);
+                    self.parts.metrics.attempts.inc();
+                    if now.attempt == 1 {
+                        self.parts.metrics.wait_seconds.observe(waited.as_secs_f64());
+                    }
+                    self.keep(now);
+                }
+                Effect::Requeued { was, now, cause } => {
+                    self.attempt_ended(&was, &now, cause);
+                    self.parts.queue.push(queue_entry(&now));
+                    self.keep(now);
+                }
+                Effect::Ended { was, now, cause } => {
+                    if was.state == State::Running {
+                        self.attempt_ended(&was, &now, cause);
+                    } else {
+                        self.parts.queue.remove(now.id);
+                    }
+                    let state = now.state.as_str();
+                    self.parts.metrics.ends.get_or_create(&StateLabel { state }).inc();
+                    self.cache.remove(&now.id);
+                    log_end(&now);
+                }
+            }
+        }
+        let rang = !batch.frames.is_empty();
+        for (id, frames) in std::mem::take(&mut batch.frames) {
+            if let Some(task) = batch.task(id) {
+                self.publish_frames(task, &frames);
+            }
+        }
+        if rang {
+            self.parts.tail.ring();
+        }
+        let answers = std::mem::take(&mut batch.answers);
+        for (command, answer) in batch.into_commands().into_iter().zip(answers) {
+            // The caller may have left.
+            let _ = command.reply.send(answer);
+        }
+    }
+
+    /// Shows what was committed to readers. A running attempt takes the runner's events from
+    /// then on.
+    fn publish_frames(&self, task: &Task, frames: &[(u64, Bytes)]) {
+        if task.state == State::Running {
+            let log = self.parts.relay.open(task.id);
+            log.publish(frames, false);
+            log.begin_attempt(task.attempt, task.base_sequence, task.reserved_sequence);
+        } else if let Some(log) = self.parts.relay.find(task.id) {
+            log.publish(frames, task.state.is_terminal());
+        }
+    }
+
+    fn attempt_ended(&self, was: &Task, now: &Arc<Task>, cause: Cause) {
+        let outcome = match (&cause, now.state) {
+            (Cause::Runner, State::Succeeded) => "succeeded",
+            (Cause::Runner, _) if now.handed_back > was.handed_back => "handed_back",
+            (Cause::Other(Reason::Cancelled), _) => "cancelled",
+            (Cause::Other(Reason::ExecutionTimeout | Reason::DeadlineExceeded), _) => "timed_out",
+            (Cause::Other(_), _) => "lost",
+            (Cause::Runner, _) => "failed",
+        };
+        self.parts.metrics.attempt_ends.get_or_create(&OutcomeLabel { outcome }).inc();
+        let took = now.usage.map(|usage| usage.execution).unwrap_or_default();
+        let succeeded = now.state == State::Succeeded;
+        self.parts.queue.finished(&now.namespace, &now.spec.model, took, succeeded);
+        if let Cause::Other(reason) = cause {
+            let detail = now.error.as_ref().map(|error| error.message.clone()).unwrap_or_default();
+            let (task, attempt) = (now.id, was.attempt);
+            self.parts.queue.revoke(Revocation { task, attempt, reason, detail });
+        }
+    }
+
+    fn keep(&mut self, task: Arc<Task>) {
+        let known = self.cache.contains_key(&task.id);
+        if known || (self.cache.len() < CACHED && task.spec.input.len() <= CACHED_INPUT) {
+            self.cache.insert(task.id, task);
+        }
+    }
+}
+
+/// How the queue sees a task.
+pub fn queue_entry(task: &Task) -> Entry {
+    Entry {
+        id: task.id,
+        namespace: task.namespace.clone(),
+        model: task.spec.model.clone(),
+        version: task.spec.version.clone(),
+        required_labels: Arc::new(task.spec.required_labels.clone()),
+        priority: task.spec.priority,
+        create_time: task.create_time,
+        not_before: task.not_before,
+        deadline: task.spec.deadline,
+        session: task.spec.session.clone(),
+        attempt: task.attempt,
+    }
+}
+
+fn log_end(task: &Task) {
+    let usage = task.usage.unwrap_or_default();
+    tracing::info!(
+        task.id = %task.id,
+        namespace = %task.namespace,
+        model = %task.spec.model,
+        state = %task.state,
+        attempt = task.attempt,
+        reason = task.error.as_ref().map(|error| error.reason.as_str()),
+        session_id = task.spec.session,
+        tokens_in = usage.tokens_in,
+        tokens_out = usage.tokens_out,
+        duration_ms = task.end_time.unwrap_or_default().since(task.create_time).as_millis() as u64,
+        "task ended"
+    );
+}

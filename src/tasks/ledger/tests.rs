@@ -1,0 +1,226 @@
+//! The ledger over a real database file.
+
+use std::time::Duration;
+
+use super::*;
+use crate::{
+    queue,
+    relay::{Encoded, Limits},
+    tasks::{
+        model::{Failure, RetryPolicy, State},
+        reads,
+        state::{Event, Outcome},
+    },
+};
+
+/// A ledger over a database in a directory of its own.
+pub struct Bench {
+    /// Handle.
+    pub ledger: Ledger,
+    /// What it works with.
+    pub parts: Parts,
+    _dir: tempfile::TempDir,
+}
+
+impl Bench {
+    pub async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = Clock::manual();
+        let parts = Parts {
+            db: Db::open(&dir.path().join("baton.db")).await.unwrap(),
+            queue: Queue::new(queue::Limits::default(), clock.clone()),
+            clock,
+            entropy: Entropy::seeded(7),
+            relay: Relay::new(Limits::default()),
+            timers: Timers::default(),
+            tail: Tail::default(),
+            metrics: Metrics::new(),
+        };
+        let (ledger, writer) = new(parts.clone());
+        #[expect(clippy::disallowed_methods, reason = "the test's runtime ends it")]
+        tokio::spawn(writer.run());
+        Self { ledger, parts, _dir: dir }
+    }
+
+    pub async fn submit(&self, new: NewTask) -> Submitted {
+        self.ledger.submit(vec![new]).await.pop().unwrap().unwrap()
+    }
+
+    pub async fn start(&self, id: TaskId) -> Result<Arc<Task>> {
+        let start = Start {
+            task: id,
+            runner: "r".into(),
+            node: "n".into(),
+            engine: "echo".into(),
+            engine_version: "1".into(),
+        };
+        self.ledger.start(vec![start]).await.pop().unwrap()
+    }
+
+    pub async fn finish(&self, task: &Task, outcome: Outcome) -> Result<Arc<Task>> {
+        let attempt = task.attempt;
+        let event = Event::Finish { attempt, outcome, usage: Default::default() };
+        self.ledger.apply(task.id, event).await
+    }
+
+    /// Sequences and kinds of the timeline.
+    pub async fn timeline(&self, id: TaskId) -> Vec<(u64, &'static str)> {
+        let read = self.parts.db.read(move |tx| {
+            Box::pin(async move { crate::events::store::list(tx, id, 0, 1000).await })
+        });
+        let kind = crate::tasks::convert::kind_of;
+        read.await.unwrap().iter().map(|event| (event.sequence, kind(&event.frame))).collect()
+    }
+
+    pub async fn get(&self, id: TaskId) -> Task {
+        let read = self.parts.db.read(move |tx| {
+            Box::pin(async move { reads::get(tx, &Namespace::from("default"), id).await })
+        });
+        read.await.unwrap()
+    }
+}
+
+pub fn new_task() -> NewTask {
+    NewTask {
+        namespace: Namespace::from("default"),
+        spec: Spec {
+            model: "baton/echo".into(),
+            version: None,
+            input: "{}".into(),
+            params: "{}".into(),
+            priority: 0,
+            labels: Default::default(),
+            required_labels: Default::default(),
+            deadline: None,
+            start_timeout: None,
+            execution_timeout: Duration::from_secs(60),
+            retry: RetryPolicy { jitter: 0.0, ..RetryPolicy::default() },
+            seed: 1,
+            session: None,
+        },
+        not_before: None,
+        request_id: None,
+        digest: [0; 32],
+        retry_of: None,
+        traceparent: None,
+    }
+}
+
+fn broken() -> Outcome {
+    Outcome::Failure(Failure {
+        reason: "TASK_FAILED".into(),
+        message: "boom".into(),
+        retryable: true,
+        metadata: Default::default(),
+    })
+}
+
+#[tokio::test]
+async fn a_task_goes_from_submit_to_its_end() {
+    let bench = Bench::new().await;
+    let task = bench.submit(new_task()).await.task;
+    assert!(bench.parts.queue.contains(task.id));
+    let task = bench.start(task.id).await.unwrap();
+    assert_eq!((task.state, task.attempt), (State::Running, 1));
+    let ended = bench.finish(&task, Outcome::Success(Some("{\"a\":1}".into()))).await.unwrap();
+    assert_eq!(ended.state, State::Succeeded);
+    assert_eq!(bench.get(task.id).await, *ended);
+    let timeline = bench.timeline(task.id).await;
+    assert_eq!(timeline, [(1, "queued"), (2, "attempt_started"), (3, "ended")]);
+}
+
+#[tokio::test]
+async fn the_same_request_id_gives_the_same_task_and_another_request_is_refused() {
+    let bench = Bench::new().await;
+    let new = NewTask { request_id: Some("r1".into()), ..new_task() };
+    // In one batch and in two.
+    let twice = bench.ledger.submit(vec![new.clone(), new.clone()]).await;
+    let twice: Vec<_> = twice.into_iter().map(|answer| answer.unwrap()).collect();
+    assert_eq!(twice[0].task.id, twice[1].task.id);
+    assert_eq!((twice[0].new, twice[1].new), (true, false));
+    assert_eq!(bench.submit(new.clone()).await.task.id, twice[0].task.id);
+    let other = NewTask { digest: [1; 32], ..new.clone() };
+    let refused = bench.ledger.submit(vec![other]).await.pop().unwrap().unwrap_err();
+    assert_eq!(refused.reason(), Reason::RequestIdReused);
+    // Another namespace knows nothing of it.
+    let elsewhere = NewTask { namespace: "other".into(), digest: [1; 32], ..new.clone() };
+    assert!(bench.submit(elsewhere).await.new);
+    // After 24 h it counts as new.
+    bench.parts.clock.advance(Duration::from_secs(24 * 3600 + 1));
+    assert!(bench.submit(new).await.new);
+}
+
+#[tokio::test]
+async fn a_poison_task_is_dead_lettered_with_the_reason_of_each_attempt() {
+    let bench = Bench::new().await;
+    let id = bench.submit(new_task()).await.task.id;
+    for attempt in 1..=3 {
+        let task = bench.start(id).await.unwrap();
+        assert_eq!(task.attempt, attempt);
+        bench.finish(&task, broken()).await.unwrap();
+        assert!(bench.start(id).await.is_err(), "a backoff or the end holds it back");
+        bench.parts.clock.advance(Duration::from_secs(60));
+    }
+    let task = bench.get(id).await;
+    assert_eq!((task.state, task.failed), (State::DeadLettered, 3));
+    let kinds: Vec<_> = bench.timeline(id).await.into_iter().map(|(_, kind)| kind).collect();
+    let round = ["queued", "attempt_started"];
+    assert_eq!(kinds, [&round[..], &round, &round, &["ended"]].concat());
+}
+
+#[tokio::test]
+async fn runner_made_entries_lie_between_start_and_end_without_holes() {
+    let bench = Bench::new().await;
+    let id = bench.submit(new_task()).await.task.id;
+    let task = bench.start(id).await.unwrap();
+    let log = bench.parts.relay.find(id).unwrap();
+    let appended = log.append(1, 1, 5, |i, sequence, _, buffer| {
+        assert_eq!(sequence, task.base_sequence + 1 + i as u64);
+        buffer.extend_from_slice(b"x");
+        Encoded::Token
+    });
+    assert_eq!(appended.unwrap().accepted, 5);
+    bench.finish(&task, Outcome::Success(None)).await.unwrap();
+    let timeline = bench.timeline(id).await;
+    assert_eq!(timeline, [(1, "queued"), (2, "attempt_started"), (8, "ended")]);
+    let read =
+        bench.parts.db.read(move |tx| Box::pin(async move { reads::segments(tx, id, 1).await }));
+    let segments = read.await.unwrap();
+    assert_eq!(segments.iter().map(|(last, _)| *last).collect::<Vec<_>>(), [7]);
+}
+
+#[tokio::test]
+async fn what_comes_under_an_ended_lease_is_refused() {
+    let bench = Bench::new().await;
+    let id = bench.submit(new_task()).await.task.id;
+    let first = bench.start(id).await.unwrap();
+    let lose = Event::Lose { attempt: 1, reason: "gone".into() };
+    bench.ledger.apply(id, lose.clone()).await.unwrap();
+    let second = bench.start(id).await.unwrap();
+    assert_eq!(second.attempt, 2);
+    for event in [lose, Event::TimeOut { attempt: 1 }] {
+        let refused = bench.ledger.apply(id, event).await.unwrap_err();
+        assert_eq!(refused.reason(), Reason::LeaseLost);
+    }
+    let refused = bench.finish(&first, Outcome::Success(None)).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::LeaseLost);
+    assert_eq!(bench.get(id).await, *second);
+    bench.finish(&second, Outcome::Success(None)).await.unwrap();
+}
+
+#[tokio::test]
+async fn after_a_cancel_nothing_is_taken_but_the_end() {
+    let bench = Bench::new().await;
+    let id = bench.submit(new_task()).await.task.id;
+    let task = bench.start(id).await.unwrap();
+    let log = bench.parts.relay.open(id);
+    let cancel = Event::Cancel { reason: "enough".into(), by: "me".into() };
+    let ended = bench.ledger.apply(id, cancel.clone()).await.unwrap();
+    assert_eq!(ended.state, State::Cancelled);
+    assert!(log.append(1, 1, 1, |_, _, _, _| Encoded::Token).is_err());
+    let late = bench.finish(&task, Outcome::Success(None)).await.unwrap_err();
+    assert_eq!(late.reason(), Reason::LeaseLost);
+    let again = bench.ledger.apply(id, cancel).await.unwrap_err();
+    assert_eq!(again.reason(), Reason::StateConflict);
+    assert_eq!(bench.get(id).await, *ended);
+}
