@@ -3,6 +3,17 @@
 //! A credential becomes a [`Principal`] at the edge; the namespace of every call comes from
 //! it and from nowhere else.
 
+mod convert;
+mod keyring;
+mod service;
+mod signer;
+mod store;
+
+pub use keyring::{Access, Keyring};
+pub use service::Service;
+pub use signer::{Claims, Grant, Signer};
+pub use store::Key;
+
 use crate::{
     error::{Error, Kind, Reason, Result},
     id::{Namespace, TaskId},
