@@ -14,6 +14,7 @@ pub mod relay;
 pub mod supervisor;
 pub mod telemetry;
 
+pub mod agent;
 pub mod keys;
 pub mod tasks;
 

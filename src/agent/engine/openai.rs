@@ -1,0 +1,342 @@
+//! Runs tasks on any server that speaks the `OpenAI` API with streaming: vLLM,
+//! llama.cpp, TGI. `input.messages` goes to chat completions, `input.prompt` to
+//! completions; parameters are passed through.
+//!
+//! The upstream request lives inside the attempt's future: dropping it closes the
+//! connection, at which such servers stop computing.
+
+use std::{fmt, time::Duration};
+
+use anyhow::Context as _;
+use futures_util::future::BoxFuture;
+use reqwest::{Client, Response, StatusCode, Url, header::CONTENT_TYPE};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{
+    Completion, Engine, Failure, Work,
+    sse::{Event, Parser},
+};
+use crate::{agent::outbox::Emitter, error::Reason};
+
+/// Settings of [`OpenAi`].
+#[derive(Clone)]
+pub struct Settings {
+    /// Base address, such as `http://127.0.0.1:8000/v1`.
+    pub base_url: String,
+    /// Sent as bearer token.
+    pub api_key: Option<String>,
+    /// Name of the model upstream; `None` sends the task's.
+    pub model: Option<String>,
+    /// Longest time to connect.
+    pub connect_timeout: Duration,
+    /// Longest silence of the upstream server, also before the first token.
+    pub read_timeout: Duration,
+}
+
+impl Settings {
+    /// The defaults for a server: 5 s to connect, 120 s of silence.
+    pub fn new(base_url: impl Into<String>) -> Self {
+        Self {
+            base_url: base_url.into(),
+            api_key: None,
+            model: None,
+            connect_timeout: Duration::from_secs(5),
+            read_timeout: Duration::from_mins(2),
+        }
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings")
+            .field("base_url", &self.base_url)
+            .field("api_key", &self.api_key.as_ref().map(|_| "[redacted]"))
+            .field("model", &self.model)
+            .field("connect_timeout", &self.connect_timeout)
+            .field("read_timeout", &self.read_timeout)
+            .finish()
+    }
+}
+
+/// The engine.
+#[derive(Clone, Debug)]
+pub struct OpenAi {
+    client: Client,
+    chat: Url,
+    completions: Url,
+    settings: Settings,
+}
+
+/// A chunk of the stream, or the whole answer of a server that does not stream.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Chunk {
+    choices: Vec<Choice>,
+    usage: Option<Usage>,
+    error: Option<Value>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Choice {
+    index: u64,
+    text: Option<String>,
+    delta: Option<Message>,
+    message: Option<Message>,
+    finish_reason: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Message {
+    content: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+struct Usage {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+}
+
+/// What the stream has said so far.
+#[derive(Debug, Default)]
+struct Answer {
+    text: String,
+    n_pieces: u64,
+    finish_reason: Option<String>,
+    usage: Option<Usage>,
+    done: bool,
+}
+
+impl OpenAi {
+    /// An engine for the server of `settings`.
+    ///
+    /// # Errors
+    /// When the address is no HTTP URL.
+    pub fn new(settings: &Settings) -> anyhow::Result<Self> {
+        let mut base = settings.base_url.trim_end_matches('/').to_owned();
+        if !base.ends_with("/v1") {
+            base.push_str("/v1");
+        }
+        let url = |path: &str| {
+            Url::parse(&format!("{base}/{path}"))
+                .ok()
+                .filter(|url| matches!(url.scheme(), "http" | "https"))
+                .with_context(|| format!("`{}` is no HTTP address", settings.base_url))
+        };
+        let client = Client::builder()
+            .connect_timeout(settings.connect_timeout)
+            .read_timeout(settings.read_timeout)
+            .user_agent(concat!("baton/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .context("cannot make an HTTP client")?;
+        Ok(Self {
+            client,
+            chat: url("chat/completions")?,
+            completions: url("completions")?,
+            settings: settings.clone(),
+        })
+    }
+
+    fn body(&self, work: &Work) -> Result<(Url, Value), Failure> {
+        let (url, field) = match (work.input.get("messages"), work.input.get("prompt")) {
+            (Some(Value::Array(_)), None) => (&self.chat, "messages"),
+            (Some(_), None) => return Err(Failure::input("input.messages is not a list")),
+            (None, Some(_)) => (&self.completions, "prompt"),
+            (Some(_), Some(_)) => {
+                return Err(Failure::input("input.messages and input.prompt exclude each other"));
+            }
+            (None, None) => {
+                return Err(Failure::input("input.messages or input.prompt is missing"));
+            }
+        };
+        let mut body = work.params.clone();
+        body.insert(field.into(), work.input[field].clone());
+        let model = self.settings.model.as_ref().unwrap_or(&work.model);
+        body.insert("model".into(), model.as_str().into());
+        // Servers differ in how wide a seed may be; 31 bits fit all of them.
+        body.entry("seed").or_insert_with(|| (work.seed & 0x7fff_ffff).into());
+        body.insert("n".into(), 1.into());
+        body.insert("stream".into(), true.into());
+        body.insert("stream_options".into(), json!({"include_usage": true}));
+        Ok((url.clone(), Value::Object(body)))
+    }
+
+    async fn generate(self, work: Work, emitter: Emitter) -> Result<Completion, Failure> {
+        let (url, body) = self.body(&work)?;
+        let mut request = self.client.post(url).json(&body);
+        if let Some(key) = &self.settings.api_key {
+            request = request.bearer_auth(key);
+        }
+        if !work.traceparent.is_empty() {
+            request = request.header("traceparent", &work.traceparent);
+        }
+        let mut response = request.send().await.map_err(|error| unreachable(&error))?;
+        if !response.status().is_success() {
+            return Err(refused(response).await);
+        }
+
+        let mut answer = Answer::default();
+        if is_json(&response) {
+            let body = response.bytes().await.map_err(|error| unreachable(&error))?;
+            let chunk = serde_json::from_slice(&body).map_err(|error| garbled(&error))?;
+            answer.take(chunk, &emitter).await?;
+            answer.done = true;
+        } else {
+            let (mut parser, mut events) = (Parser::default(), Vec::new());
+            while !answer.done {
+                let Some(bytes) = response.chunk().await.map_err(|error| unreachable(&error))?
+                else {
+                    break;
+                };
+                parser.push(&bytes, &mut events).map_err(|error| garbled(&error))?;
+                for event in events.drain(..) {
+                    answer.event(&event, &emitter).await?;
+                }
+            }
+        }
+        answer.complete()
+    }
+}
+
+impl Engine for OpenAi {
+    fn name(&self) -> &'static str {
+        "openai"
+    }
+
+    fn version(&self) -> String {
+        env!("CARGO_PKG_VERSION").into()
+    }
+
+    fn run(&self, work: Work, emitter: Emitter) -> BoxFuture<'static, Result<Completion, Failure>> {
+        Box::pin(self.clone().generate(work, emitter))
+    }
+}
+
+impl Answer {
+    async fn event(&mut self, event: &Event, emitter: &Emitter) -> Result<(), Failure> {
+        let data = event.data.trim();
+        if self.done || data.is_empty() {
+            return Ok(());
+        }
+        if data == "[DONE]" {
+            self.done = true;
+            return Ok(());
+        }
+        let chunk: Chunk = serde_json::from_str(data).map_err(|error| garbled(&error))?;
+        self.take(chunk, emitter).await
+    }
+
+    async fn take(&mut self, chunk: Chunk, emitter: &Emitter) -> Result<(), Failure> {
+        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
+            return Err(upstream_error(&error));
+        }
+        self.usage = chunk.usage.or(self.usage);
+        for choice in chunk.choices.into_iter().filter(|choice| choice.index == 0) {
+            let message = choice.delta.or(choice.message).and_then(|message| message.content);
+            self.finish_reason = choice.finish_reason.or(self.finish_reason.take());
+            let piece = choice.text.or(message).unwrap_or_default();
+            if !piece.is_empty() {
+                self.text.push_str(&piece);
+                self.n_pieces += 1;
+                emitter.token(piece).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn complete(self) -> Result<Completion, Failure> {
+        if !self.done && self.finish_reason.is_none() {
+            let message = "the engine's stream ended before its end";
+            return Err(Failure::new(Reason::EngineError, true, message));
+        }
+        let usage =
+            self.usage.unwrap_or(Usage { prompt_tokens: 0, completion_tokens: self.n_pieces });
+        let finish_reason = self.finish_reason.map_or(Value::Null, Value::String);
+        Ok(Completion {
+            result: Map::from_iter([
+                ("text".to_owned(), Value::String(self.text)),
+                ("finish_reason".to_owned(), finish_reason),
+            ]),
+            tokens_in: usage.prompt_tokens,
+            tokens_out: usage.completion_tokens,
+        })
+    }
+}
+
+fn is_json(response: &Response) -> bool {
+    let kind = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    kind.is_some_and(|kind| kind.trim_start().starts_with("application/json"))
+}
+
+/// No answer, or an answer that broke off.
+fn unreachable(error: &reqwest::Error) -> Failure {
+    let what = if error.is_timeout() {
+        "the engine did not answer in time"
+    } else if error.is_connect() {
+        "the engine cannot be reached"
+    } else {
+        "the connection to the engine broke"
+    };
+    tracing::debug!(error = ?error, "{what}");
+    Failure::new(Reason::EngineError, true, what)
+}
+
+fn garbled(error: &dyn fmt::Display) -> Failure {
+    Failure::new(Reason::EngineError, true, format!("the engine's answer cannot be read: {error}"))
+}
+
+/// An answer with an error status.
+async fn refused(response: Response) -> Failure {
+    /// Enough of an error page to find a message in.
+    const LIMIT: usize = 64 << 10;
+    let status = response.status();
+    let mut response = response;
+    let mut body = Vec::new();
+    // What can be read of the body is enough: the status has already told the failure.
+    while let Ok(Some(bytes)) = response.chunk().await {
+        body.extend_from_slice(&bytes);
+        if body.len() >= LIMIT {
+            break;
+        }
+    }
+    let parsed: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+    let message = message_of(parsed.get("error").unwrap_or(&parsed));
+    let message = message.unwrap_or_else(|| format!("the engine answered {status}"));
+    by_status(status, message)
+}
+
+/// An error inside a stream.
+fn upstream_error(error: &Value) -> Failure {
+    let message = message_of(error).unwrap_or_else(|| "the engine reported an error".into());
+    let code = error.get("code").and_then(Value::as_u64).and_then(|code| u16::try_from(code).ok());
+    match code.and_then(|code| StatusCode::from_u16(code).ok()) {
+        Some(status) => by_status(status, message),
+        None => Failure::new(Reason::EngineError, true, message),
+    }
+}
+
+/// The message of an error body, in the forms that servers use.
+fn message_of(error: &Value) -> Option<String> {
+    let text = error.as_str().or_else(|| {
+        ["message", "detail"].iter().find_map(|name| error.get(*name).and_then(Value::as_str))
+    })?;
+    let text = text.trim();
+    let end = text.floor_char_boundary(1000);
+    (!text.is_empty()).then(|| text[..end].to_owned())
+}
+
+fn by_status(status: StatusCode, message: String) -> Failure {
+    let failure = match status.as_u16() {
+        400 | 413 | 422 => Failure::input(message),
+        408 | 425 | 429 | 500.. => Failure::new(Reason::EngineError, true, message),
+        _ => Failure::new(Reason::EngineError, false, message),
+    };
+    failure.with("http_status", status.as_u16())
+}
+
+#[cfg(test)]
+#[path = "openai_tests.rs"]
+mod tests;
