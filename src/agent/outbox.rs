@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::sync::Notify;
 
+use super::emitter::{Emitter, Stopped};
 use crate::{
     clock::{Clock, Mono},
     id::TaskId,
@@ -27,16 +28,8 @@ use crate::{
 /// An attempt's fencing token.
 pub type Key = (TaskId, u32);
 
-/// The attempt is not held any more; the engine's future is about to be dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the attempt was stopped")]
-pub struct Stopped;
-
-/// Longest text of one event, in bytes; longer tokens are cut in two or more.
-const MAX_TEXT: usize = 64 << 10;
-
 /// Bytes that an event is counted with besides its text.
-const OVERHEAD: usize = 16;
+pub(super) const OVERHEAD: usize = 16;
 
 /// Unacknowledged bytes of an attempt until a server says otherwise.
 const DEFAULT_LIMIT: usize = 1 << 20;
@@ -88,6 +81,8 @@ struct State {
     as_of: u64,
     /// A Finish waits whose message shall carry credits.
     credits_due: bool,
+    /// The present carrier; one that was superseded gets nothing.
+    carrier: u64,
 }
 
 #[derive(Debug)]
@@ -177,6 +172,7 @@ impl Outbox {
             revision: 0,
             as_of: 0,
             credits_due: false,
+            carrier: 0,
         };
         Self(Arc::new(Shared { state: Mutex::new(state), carrier: AtomicWaker::new() }))
     }
@@ -202,13 +198,21 @@ impl Outbox {
         state.busy += 1;
         state.digest.toggle(key.0, key.1);
         state.lanes.insert(key, lane);
-        Emitter { outbox: self.clone(), key, room, clock }
+        Emitter::new(self.clone(), key, room, clock)
     }
 
-    /// Takes what is ready, up to about `max_bytes`; attempts that `skip` names stay.
-    /// `None` when nothing is ready.
-    pub fn take(&self, max_bytes: usize, mut skip: impl FnMut(Key) -> bool) -> Option<Batch> {
+    /// Takes what is ready for `carrier`, up to about `max_bytes`; attempts that `skip` names
+    /// stay. `None` when nothing is ready.
+    pub fn take(
+        &self,
+        carrier: u64,
+        max_bytes: usize,
+        mut skip: impl FnMut(Key) -> bool,
+    ) -> Option<Batch> {
         let state = &mut *self.0.state.lock();
+        if carrier != state.carrier {
+            return None;
+        }
         let mut batch = Batch::default();
         let mut left = max_bytes;
         for _ in 0..state.ready.len() {
@@ -240,9 +244,18 @@ impl Outbox {
         Some(batch)
     }
 
-    /// Wakes `waker` when something becomes ready.
-    pub fn register(&self, waker: &Waker) {
+    /// Whether something is ready that `skip` does not name; else `waker` is woken when
+    /// something may be.
+    pub fn poll_ready(&self, waker: &Waker, mut skip: impl FnMut(Key) -> bool) -> bool {
         self.0.carrier.register(waker);
+        let state = self.0.state.lock();
+        let unsent = |key: &Key| state.lanes.get(key).is_some_and(Lane::has_unsent);
+        state.ready.iter().any(|key| unsent(key) && !skip(*key))
+    }
+
+    /// Whether `carrier` is the present one.
+    pub fn is_carrier(&self, carrier: u64) -> bool {
+        self.0.state.lock().carrier == carrier
     }
 
     /// Ends an attempt with what the server shall be told; its slot is free. Without
@@ -310,9 +323,24 @@ impl Outbox {
         true
     }
 
-    /// A new carrier begins: everything unacknowledged is sent again.
-    pub fn resend_all(&self) {
+    /// Sends again what is kept of an attempt.
+    pub fn resend_kept(&self, key: Key) {
         let mut state = self.0.state.lock();
+        if let Some(lane) = state.lanes.get_mut(&key) {
+            lane.cursor = lane.first;
+            lane.finish_sent = false;
+        }
+        state.mark_ready(key);
+        drop(state);
+        self.0.carrier.wake();
+    }
+
+    /// A new carrier begins, in place of the one before: everything unacknowledged is sent
+    /// again.
+    pub fn new_carrier(&self) -> u64 {
+        let mut state = self.0.state.lock();
+        state.carrier += 1;
+        let carrier = state.carrier;
         let keys: Vec<Key> = state.lanes.keys().copied().collect();
         for key in keys {
             if let Some(lane) = state.lanes.get_mut(&key) {
@@ -323,6 +351,7 @@ impl Outbox {
         }
         drop(state);
         self.0.carrier.wake();
+        carrier
     }
 
     /// Bounds each attempt's unacknowledged bytes.
@@ -400,7 +429,7 @@ impl Outbox {
     }
 
     /// Appends an event; the attempt's buffer being full gives it back.
-    fn push(
+    pub(super) fn push(
         &self,
         key: Key,
         mut event: pb::RunnerEvent,
@@ -428,62 +457,5 @@ impl Outbox {
             self.0.carrier.wake();
         }
         Ok(None)
-    }
-}
-
-/// Where an engine puts the events of its attempt.
-#[derive(Debug)]
-pub struct Emitter {
-    outbox: Outbox,
-    key: Key,
-    room: Arc<Notify>,
-    clock: Clock,
-}
-
-impl Emitter {
-    /// Emits a piece of output; waits while the attempt's buffer is full.
-    pub async fn token(&self, text: impl Into<String>) -> Result<(), Stopped> {
-        let mut text: String = text.into();
-        while text.len() > MAX_TEXT {
-            let rest = text.split_off(text.floor_char_boundary(MAX_TEXT));
-            let piece = std::mem::replace(&mut text, rest);
-            self.emit(piece.len(), Body::Token(piece)).await?;
-        }
-        self.emit(text.len(), Body::Token(text)).await
-    }
-
-    /// Emits a stage, with the share done from 0 to 1 where it is known.
-    pub async fn stage(
-        &self,
-        name: String,
-        progress: Option<f64>,
-        detail: String,
-    ) -> Result<(), Stopped> {
-        let bytes = name.len() + detail.len();
-        self.emit(bytes, Body::Stage(pb::StageEvent { name, progress, detail })).await
-    }
-
-    /// Emits a log line; what is beyond 64 KiB of it is cut off.
-    pub async fn log(
-        &self,
-        level: pb::log_event::Level,
-        mut message: String,
-    ) -> Result<(), Stopped> {
-        message.truncate(message.floor_char_boundary(MAX_TEXT));
-        let bytes = message.len();
-        self.emit(bytes, Body::Log(pb::LogEvent { level: level.into(), message })).await
-    }
-
-    async fn emit(&self, bytes: usize, body: Body) -> Result<(), Stopped> {
-        let mut event = pb::RunnerEvent { body: Some(body), elapsed_us: 0 };
-        loop {
-            let now = self.clock.mono();
-            match self.outbox.push(self.key, event, bytes + OVERHEAD, now)? {
-                None => return Ok(()),
-                Some(back) => event = back,
-            }
-            // A permit given since the push is kept, and nobody else waits on it.
-            self.room.notified().await;
-        }
     }
 }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{Completion, Engine, Failure, Work};
-use crate::agent::outbox::Emitter;
+use crate::agent::emitter::Emitter;
 
 /// The engine.
 #[derive(Clone, Copy, Debug)]

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::{
-    agent::outbox::{Emitter, Stopped},
+    agent::emitter::{Emitter, Stopped},
     clock::{Clock, Micros},
     error::{Reason, reason_name},
     id::TaskId,
@@ -202,7 +202,7 @@ pub(crate) mod testing {
         let emitter = outbox.begin((work.task, work.attempt), String::new(), work.clock.clone());
         let ended = engine.run(work, emitter).await;
         let mut events = Vec::new();
-        while let Some(batch) = outbox.take(usize::MAX, |_| false) {
+        while let Some(batch) = outbox.take(0, usize::MAX, |_| false) {
             for lease in batch.leases {
                 events.extend(lease.events.into_iter().filter_map(|event| event.body));
             }

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{Completion, Engine, Failure, Work};
-use crate::{agent::outbox::Emitter, id::Entropy};
+use crate::{agent::emitter::Emitter, id::Entropy};
 
 /// The text built in: passages of the King James Bible and of Lewis Carroll, all in
 /// the public domain.

@@ -17,7 +17,7 @@ use super::{
     Completion, Engine, Failure, Work,
     sse::{Event, Parser},
 };
-use crate::{agent::outbox::Emitter, error::Reason};
+use crate::{agent::emitter::Emitter, error::Reason};
 
 /// Settings of [`OpenAi`].
 #[derive(Clone)]

@@ -200,7 +200,7 @@ async fn dropping_the_attempt_closes_the_request() {
     attempts.spawn(upstream.engine().run(work, emitter));
     let until = Duration::from_secs(10);
     let token = async {
-        while outbox.take(usize::MAX, |_| false).is_none() {
+        while outbox.take(0, usize::MAX, |_| false).is_none() {
             tokio::task::yield_now().await;
         }
     };
