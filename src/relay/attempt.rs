@@ -2,8 +2,8 @@
 //! they are on stable storage.
 //!
 //! The runner's event `i` (from 1) has the sequence `base + i`, so that what it sends
-//! again after a crash lands on the same numbers. No sequence above `reserved` is shown
-//! to anybody.
+//! again after a crash lands on the same numbers. No sequence from `reserved` on is shown
+//! to anybody; `reserved` itself is kept back for the entry that stands for a lost range.
 
 use std::sync::{Arc, atomic::Ordering::Relaxed};
 
@@ -96,7 +96,7 @@ pub(super) struct Live {
 
 impl Log {
     /// Takes events of `attempt` from now on. `base` is the sequence of its
-    /// `attempt_started`, which is published already; entries up to `reserved` may be
+    /// `attempt_started`, which is published already; entries below `reserved` may be
     /// shown.
     pub fn begin_attempt(&self, attempt: u32, base: u64, reserved: u64) {
         self.start_attempt(attempt, base, base, 0, reserved, None);
@@ -114,7 +114,7 @@ impl Log {
         tokens: u64,
         reserved: u64,
     ) {
-        let in_doubt = (reserved > durable).then_some(reserved);
+        let in_doubt = (reserved > durable + 1).then_some(reserved);
         self.start_attempt(attempt, base, durable, tokens, reserved, in_doubt);
     }
 
@@ -192,7 +192,7 @@ impl Log {
             let mut accepted = skipped;
             let mut added = 0;
             let crowded = self.books().unrecorded.load(Relaxed) >= limits.total_bytes;
-            while accepted < count && kept.head < live.reserved {
+            while accepted < count && live.left(kept.head) > 0 {
                 let full = kept.unrecorded >= limits.unrecorded_bytes;
                 if full || (crowded && kept.unrecorded > 0) {
                     break;
@@ -214,7 +214,7 @@ impl Log {
             }
 
             live.clear_doubt(kept.head);
-            let short = accepted < count || live.reserved - kept.head < MIN_RESERVE / 4;
+            let short = accepted < count || live.left(kept.head) < MIN_RESERVE / 4;
             let dirtied = (added > 0 || short) && !std::mem::replace(dirty, true);
             let woken = if added > 0 { waiting.wake() } else { Woken::default() };
             let next_index = kept.head + 1 - live.base;
@@ -273,7 +273,7 @@ impl Log {
         let live = live.as_mut().filter(|live| !live.frozen && live.taken.is_none())?;
         let mut segment = self.segment(kept, live);
         let count = kept.head - kept.durable;
-        let left = live.reserved - kept.head;
+        let left = live.left(kept.head);
         if left < (2 * count).max(MIN_RESERVE / 2) {
             let ahead = (4 * count).clamp(MIN_RESERVE, MAX_RESERVE);
             segment.reserve_to = Some(live.reserved.max(kept.head + ahead));
@@ -309,10 +309,11 @@ impl Log {
         self.made_progress(watcher);
     }
 
-    /// The segment taken last did not reach storage; it will be taken again.
-    pub fn not_recorded(self: &Arc<Self>) {
+    /// The segment taken last, up to `through`, did not reach storage; it will be taken
+    /// again.
+    pub fn not_recorded(self: &Arc<Self>, through: u64) {
         if let Some(live) = &mut self.lock().live {
-            live.taken = None;
+            live.taken.take_if(|taken| *taken == through);
         }
         self.mark_dirty();
     }
@@ -370,7 +371,7 @@ impl Log {
                 let Inner { kept, live, .. } = &mut *inner;
                 let live = live_attempt(live, attempt)?;
                 let full = kept.unrecorded >= self.books().limits.unrecorded_bytes;
-                if !live.frozen && !full && kept.head < live.reserved {
+                if !live.frozen && !full && live.left(kept.head) > 0 {
                     return Ok(());
                 }
             }
@@ -417,6 +418,11 @@ impl Log {
 }
 
 impl Live {
+    /// How many more entries may be shown.
+    fn left(&self, head: u64) -> u64 {
+        self.reserved.saturating_sub(head + 1)
+    }
+
     fn clear_doubt(&mut self, head: u64) {
         self.in_doubt = self.in_doubt.filter(|last| *last > head);
     }
