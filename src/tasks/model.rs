@@ -148,6 +148,14 @@ pub struct Spec {
     pub session: Option<String>,
 }
 
+impl Spec {
+    /// The same work once more at `now`: a deadline that has passed would end it at once.
+    #[must_use]
+    pub fn again(&self, now: Micros) -> Self {
+        Self { deadline: self.deadline.filter(|deadline| *deadline > now), ..self.clone() }
+    }
+}
+
 /// Why an attempt or a task did not succeed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {

@@ -225,3 +225,22 @@ pub async fn artifacts(tx: &mut Tx, task: TaskId) -> Result<Vec<bytes::Bytes>> {
     .await?;
     Ok(rows.into_iter().map(|(frame,)| frame.into()).collect())
 }
+
+/// Segments with entries after a sequence, oldest first: their first sequence and frames.
+pub async fn segments_after(
+    tx: &mut Tx,
+    task: TaskId,
+    after: u64,
+    limit: u32,
+) -> Result<Vec<(u64, bytes::Bytes)>> {
+    let rows: Vec<(i64, Vec<u8>)> = sqlx::query_as(
+        "SELECT first_sequence, frames FROM segments
+         WHERE task_id = $1 AND last_sequence > $2 ORDER BY first_sequence LIMIT $3",
+    )
+    .bind(task.to_string())
+    .bind(i64::try_from(after).unwrap_or(i64::MAX))
+    .bind(limit)
+    .fetch_all(tx.conn())
+    .await?;
+    Ok(rows.into_iter().map(|(first, frames)| (first as u64, frames.into())).collect())
+}

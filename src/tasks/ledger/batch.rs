@@ -5,7 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use super::{Answer, Ask, Command, NewTask, Parts, Submitted};
+use super::{
+    Answer, Ask, Command, NewTask, Parts, Submitted,
+    refused::{lease_lost, refused},
+};
 use crate::{
     clock::Micros,
     db::Tx,
@@ -16,7 +19,7 @@ use crate::{
     tasks::{
         convert,
         model::{State, Task},
-        state::{self, Entry, Event, Head, Outcome, Rejected},
+        state::{self, Entry, Event, Head},
         store::{self, Request, SegmentRow},
     },
 };
@@ -427,7 +430,7 @@ impl Drop for Batch {
     }
 }
 
-fn new_task(new: &NewTask, id: TaskId, now: Micros) -> Task {
+pub(super) fn new_task(new: &NewTask, id: TaskId, now: Micros) -> Task {
     Task {
         id,
         namespace: new.namespace.clone(),
@@ -476,40 +479,11 @@ fn attempt_of(event: &Event) -> Option<u32> {
 
 fn cause_of(event: &Event) -> Cause {
     match event {
-        Event::Finish {
-            outcome: Outcome::HandBack(_) | Outcome::Success(_) | Outcome::Failure(_),
-            ..
-        }
-        | Event::Start { .. } => Cause::Runner,
+        Event::Finish { .. } | Event::Start { .. } => Cause::Runner,
         Event::Lose { .. } => Cause::Other(Reason::LeaseLost),
         Event::TimeOut { .. } => Cause::Other(Reason::ExecutionTimeout),
         Event::Cancel { .. } => Cause::Other(Reason::Cancelled),
         Event::Expire(_) => Cause::Other(Reason::DeadlineExceeded),
         Event::Evict { .. } => Cause::Other(Reason::QueueFullDropLru),
-    }
-}
-
-/// The one answer to anything that comes under a lease that has ended.
-pub fn lease_lost(id: TaskId, attempt: u32) -> Error {
-    Error::new(
-        Kind::FailedPrecondition,
-        Reason::LeaseLost,
-        format!("attempt {attempt} of task `{id}` does not hold the lease; stop that work"),
-    )
-    .with("task_id", id)
-    .with("attempt", attempt)
-}
-
-fn refused(task: &Task, rejected: Rejected, attempt: Option<u32>) -> Error {
-    let conflict = |message: String| Error::state_conflict("task", task.id, task.state, message);
-    match rejected {
-        Rejected::LeaseLost => lease_lost(task.id, attempt.unwrap_or(task.attempt)),
-        Rejected::Ended => conflict(format!("task `{}` has ended: {}", task.id, task.state)),
-        Rejected::NotQueued => {
-            conflict(format!("task `{}` does not wait: {}", task.id, task.state))
-        }
-        Rejected::NotDue => {
-            conflict(format!("the time for it has not come for task `{}`", task.id))
-        }
     }
 }

@@ -8,6 +8,7 @@
 
 mod batch;
 mod publish;
+mod refused;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -16,6 +17,7 @@ use std::{collections::HashMap, sync::Arc};
 use tokio::sync::{mpsc, oneshot};
 
 use self::batch::Batch;
+pub use self::{publish::queue_entry, refused::lease_lost};
 use super::{
     model::{Spec, Task},
     state,
@@ -205,6 +207,11 @@ impl Ledger {
         }
         answers
     }
+}
+
+/// The task that a submit at `now` would make, for an estimate.
+pub fn prospect(new: &NewTask, now: Micros) -> Task {
+    batch::new_task(new, TaskId(uuid::Uuid::max()), now)
 }
 
 fn applied(answer: Answer) -> Option<Arc<Task>> {

@@ -1,0 +1,171 @@
+//! Accepting tasks: checked, admitted to the queue, made durable, in this order.
+
+use prost::Message;
+use sha2::{Digest, Sha256};
+
+use super::{
+    convert::{self, View, request as checked},
+    ledger::{self, NewTask, queue_entry},
+    model::{State, Task},
+    service::Service,
+    state::Event,
+    store,
+};
+use crate::{
+    error::{Error, Kind, Reason, Result, reason_name},
+    keys::Principal,
+    pb,
+    queue::Admission,
+    telemetry::{ReasonLabel, TraceParent},
+};
+
+/// A submit on its way to the ledger.
+pub(super) struct Ready {
+    pub new: NewTask,
+    pub require_on_time: bool,
+}
+
+impl Service {
+    pub(super) fn check(
+        &self,
+        caller: &Principal,
+        traceparent: Option<&TraceParent>,
+        request_id: &str,
+        spec: Option<pb::TaskSpec>,
+    ) -> Result<Ready> {
+        let digest = Sha256::digest(spec.as_ref().map(Message::encode_to_vec).unwrap_or_default());
+        let now = self.parts.clock.now();
+        let submit = checked::submit(request_id, spec, now, self.parts.entropy.u64())?;
+        let new = NewTask {
+            namespace: caller.namespace.clone(),
+            spec: submit.spec,
+            not_before: submit.not_before,
+            request_id: submit.request_id,
+            digest: digest.into(),
+            retry_of: None,
+            traceparent: traceparent.map(|trace| trace.0.clone()),
+        };
+        Ok(Ready { new, require_on_time: submit.require_on_time })
+    }
+
+    /// Submits checked tasks; each has its own outcome.
+    pub(super) async fn submit_all(
+        &self,
+        ready: Vec<Result<Ready>>,
+    ) -> Vec<Result<pb::SubmitTaskResponse>> {
+        let mut outcomes: Vec<Option<Error>> = Vec::with_capacity(ready.len());
+        let mut admitted = Vec::new();
+        for ready in ready {
+            let admission = match ready {
+                Ok(ready) => self.admit(&ready).await.map(|admission| (ready.new, admission)),
+                Err(error) => Err(error),
+            };
+            outcomes.push(match admission {
+                Ok(ready) => {
+                    admitted.push(ready);
+                    None
+                }
+                Err(error) => Some(error),
+            });
+        }
+        let (new, admissions): (Vec<_>, Vec<_>) = admitted.into_iter().unzip();
+        let answers = self.ledger.submit(new).await;
+        let mut answers = answers.into_iter().zip(admissions).map(|(answer, admission)| {
+            let submitted = answer?;
+            if let Some(admission) = admission {
+                admission.done();
+            }
+            Ok(self.submitted(&submitted.task))
+        });
+        outcomes
+            .into_iter()
+            .map(|refused| match refused {
+                Some(error) => {
+                    let reason = reason_name(error.reason());
+                    self.parts.metrics.refusals.get_or_create(&ReasonLabel { reason }).inc();
+                    Err(error)
+                }
+                None => answers.next().unwrap_or_else(|| Err(Error::internal("an answer each"))),
+            })
+            .collect()
+    }
+
+    /// A place in the queue; `None` for a request that was accepted before.
+    async fn admit(&self, ready: &Ready) -> Result<Option<Admission>> {
+        let new = &ready.new;
+        match self.admit_new(ready).await {
+            Ok(admission) => Ok(Some(admission)),
+            // Even a full server knows what it has accepted.
+            Err(error) => match &new.request_id {
+                Some(request_id) => {
+                    let key = (new.namespace.clone(), request_id.clone());
+                    let since = self.parts.clock.now() - store::REQUEST_ID_TTL;
+                    let known = self.parts.db.read(move |tx| {
+                        Box::pin(async move {
+                            store::find_requests(tx, &[(key.0.as_str(), key.1.as_str())], since)
+                                .await
+                        })
+                    });
+                    if known.await?.is_empty() { Err(error) } else { Ok(None) }
+                }
+                None => Err(error),
+            },
+        }
+    }
+
+    async fn admit_new(&self, ready: &Ready) -> Result<Admission> {
+        let Ready { new, require_on_time } = ready;
+        self.parts.db.check_admission()?;
+        if *require_on_time {
+            self.check_on_time(new)?;
+        }
+        let queue = &self.parts.queue;
+        let admission = queue.admit(&new.namespace, &new.spec.model, new.spec.priority)?;
+        if let Some(victim) = admission.evict() {
+            let evict = Event::Evict { policy_label: "drop_lru".to_owned() };
+            match self.ledger.apply(victim, evict).await {
+                // It left the queue by itself meanwhile.
+                Err(error) if error.reason() != Reason::StateConflict => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(admission)
+    }
+
+    fn check_on_time(&self, new: &NewTask) -> Result<()> {
+        let now = self.parts.clock.now();
+        let prospect = ledger::prospect(new, now);
+        let estimate = self.parts.queue.estimate(&queue_entry(&prospect));
+        let late_start = match (estimate.predicted_start, new.spec.start_timeout) {
+            (Some(start), Some(limit)) => start > limit,
+            _ => false,
+        };
+        let late_end = estimate.on_time_probability.is_some_and(|probability| probability < 0.5);
+        if !late_start && !late_end {
+            return Ok(());
+        }
+        let predicted = estimate.predicted_start.unwrap_or_default().as_millis();
+        let error = Error::new(
+            Kind::FailedPrecondition,
+            Reason::DeadlineUnmet,
+            format!("the task would start in about {predicted} ms and not be done in time"),
+        )
+        .with("predicted_start_ms", predicted);
+        Err(match new.spec.deadline {
+            Some(deadline) => error.with("deadline_ms", deadline.since(now).as_millis()),
+            None => error,
+        })
+    }
+
+    fn submitted(&self, task: &Task) -> pb::SubmitTaskResponse {
+        let estimate =
+            (task.state == State::Queued).then(|| self.parts.queue.estimate(&queue_entry(task)));
+        let predicted = estimate.as_ref().and_then(|estimate| estimate.predicted_start);
+        pb::SubmitTaskResponse {
+            task: Some(convert::task(task, View::Basic, Vec::new())),
+            queue_position: estimate.as_ref().map_or(0, |estimate| estimate.position),
+            predicted_start_ms: predicted.map(|start| start.as_millis() as u64),
+            on_time_probability: estimate.and_then(|estimate| estimate.on_time_probability),
+        }
+    }
+}
