@@ -1,1 +1,3 @@
+//! The `baton` command.
+
 fn main() {}

@@ -1,0 +1,312 @@
+//! The shape of the crate as tests: which module may import which, where wire types, SQL and
+//! transport may appear, how long a file may be, and that no test sleeps.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+const MAX_LINES: usize = 500;
+
+/// What every module may import.
+const GROUND: &[&str] = &["error", "id", "clock", "faults", "json"];
+
+/// What each module may import besides [`GROUND`], itself and what the wire rules allow.
+/// Direction of the whole: `main -> cli -> app -> grpc -> slices -> kernels -> ground`.
+const EDGES: &[(&str, &[&str])] = &[
+    ("error", &["pb"]),
+    ("id", &[]),
+    ("clock", &[]),
+    ("pb", &[]),
+    // `google.protobuf.Struct` to text and back, for rows that hold JSON.
+    ("json", &["pb"]),
+    ("faults", &[]),
+    ("config", &[]),
+    ("supervisor", &[]),
+    ("telemetry", &["config", "supervisor"]),
+    // Kernels know no noun of the domain.
+    ("db", &["supervisor"]),
+    ("events", &["db", "supervisor"]),
+    ("queue", &["supervisor"]),
+    ("relay", &["supervisor"]),
+    ("blob", &["supervisor"]),
+    // Slices, each importing only those above it.
+    ("keys", KERNELS),
+    ("tasks", &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys"]),
+    (
+        "runners",
+        &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys", "tasks"],
+    ),
+    (
+        "dispatch",
+        &[
+            "db",
+            "events",
+            "queue",
+            "relay",
+            "blob",
+            "supervisor",
+            "telemetry",
+            "keys",
+            "tasks",
+            "runners",
+        ],
+    ),
+    // Edges.
+    ("grpc", &["config", "supervisor", "telemetry", "keys"]),
+    // The agent shares the pure halves of the protocol and nothing else of the server.
+    ("agent", &["config", "supervisor", "telemetry", "runners::protocol", "grpc::status"]),
+];
+const KERNELS: &[&str] = &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry"];
+
+/// Modules that see everything: composition, the command line, the yardstick.
+const OPEN: &[&str] = &["app", "cli", "bench", "main", "lib"];
+
+/// One file, reduced to what the rules look at.
+struct Source {
+    /// Path below the repository, with `/`.
+    path: String,
+    text: String,
+}
+
+impl Source {
+    fn new(path: &str, text: &str) -> Self {
+        Self { path: path.into(), text: text.into() }
+    }
+
+    /// Code without comments and without its test module.
+    fn code(&self) -> String {
+        let code = match self.text.find("#[cfg(test)]\nmod ") {
+            Some(at) => &self.text[..at],
+            None => &self.text,
+        };
+        code.lines()
+            .map(|line| if line.trim_start().starts_with("//") { "" } else { line })
+            .map(|line| line.split(" // ").next().unwrap_or(line))
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+
+    /// Top module below `src/`.
+    fn module(&self) -> &str {
+        let rest = self.path.strip_prefix("src/").unwrap_or(&self.path);
+        rest.split('/').next().unwrap_or(rest).trim_end_matches(".rs")
+    }
+
+    /// File or folder name below the module that marks its role, such as `service`.
+    fn role(&self) -> &str {
+        self.path.split('/').nth(2).unwrap_or_default().trim_end_matches(".rs")
+    }
+
+    /// Paths imported or named from `crate::`, two segments deep.
+    fn crate_paths(&self) -> BTreeSet<(String, Option<String>)> {
+        let code = self.code();
+        let mut paths = BTreeSet::new();
+        for (at, _) in code.match_indices("crate::") {
+            let before = code[..at].chars().next_back();
+            if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$') {
+                continue;
+            }
+            let rest = &code[at + "crate::".len()..];
+            for tree in heads(rest) {
+                let first = identifier(tree);
+                let below = tree[first.len()..].strip_prefix("::");
+                let seconds = below.map(heads).unwrap_or_default();
+                if seconds.is_empty() {
+                    paths.insert((first.to_owned(), None));
+                }
+                for second in seconds {
+                    paths.insert((first.to_owned(), Some(identifier(second).to_owned())));
+                }
+            }
+        }
+        paths
+    }
+}
+
+/// The branches of a use tree that starts here: one, or those of a brace group.
+fn heads(tree: &str) -> Vec<&str> {
+    let Some(group) = tree.strip_prefix('{') else { return vec![tree] };
+    let (mut branches, mut depth, mut from) = (Vec::new(), 0, 0);
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth == 0 => {
+                branches.push(group[from..at].trim());
+                break;
+            }
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                branches.push(group[from..at].trim());
+                from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    branches.retain(|branch| !branch.is_empty());
+    branches
+}
+
+fn identifier(text: &str) -> &str {
+    let end = text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
+    &text[..end]
+}
+
+/// Everything that is wrong with a file of `src/`, as sentences.
+fn faults(source: &Source) -> Vec<String> {
+    let mut faults = Vec::new();
+    let module = source.module();
+    let mut fault = |what: String| faults.push(format!("{}: {what}", source.path));
+
+    if !source.text.starts_with("//!") {
+        fault("does not open with `//!`: what it owns, what it must not know".into());
+    }
+    if source.path.ends_with("/tests.rs") {
+        return faults;
+    }
+    let edges = EDGES.iter().find(|(name, _)| *name == module).map(|(_, edges)| *edges);
+    if edges.is_none() && !OPEN.contains(&module) {
+        fault(format!("module `{module}` has no row in the table of edges"));
+        return faults;
+    }
+    let serves = matches!(source.role(), "service" | "convert");
+    let at_edge = OPEN.contains(&module) || matches!(module, "grpc" | "agent" | "telemetry") || serves;
+    if let Some(edges) = edges {
+        for (first, second) in source.crate_paths() {
+            let deep = format!("{first}::{}", second.as_deref().unwrap_or_default());
+            let known = first == module
+                || GROUND.contains(&first.as_str())
+                || edges.contains(&first.as_str())
+                || edges.contains(&deep.as_str())
+                || !is_module(&first);
+            let wire = first == "pb" && (at_edge || wire_exception(&source.path, &deep));
+            let door = first == "grpc" && serves;
+            if !known && !wire && !door {
+                fault(format!("may not import `crate::{deep}`"));
+            }
+            if first != module && second.as_deref() == Some("store") && first != "events" {
+                fault(format!("reaches into `{deep}`; a slice is called through its mod.rs"));
+            }
+        }
+    }
+    let code = source.code();
+    let stores = module == "db"
+        || source.role().starts_with("store")
+        || source.path.split('/').any(|part| part == "store");
+    for (at, _) in code.match_indices("sqlx::") {
+        let name = identifier(&code[at + "sqlx::".len()..]);
+        if !stores && !matches!(name, "Type" | "FromRow") {
+            fault(format!("names `sqlx::{name}`; SQL stays in `db` and in stores"));
+        }
+    }
+    if !at_edge && (code.contains("tonic::") || code.contains("use tonic")) {
+        fault("names tonic; transport stays at the edges".into());
+    }
+    faults
+}
+
+/// Wire types below the edges, each with its reason.
+fn wire_exception(path: &str, deep: &str) -> bool {
+    // Events are kept and sent as the bytes of their message.
+    path.starts_with("src/events/") || deep == "pb::Frame"
+}
+
+/// Whether the crate has such a module, as opposed to a re-export or a macro.
+fn is_module(name: &str) -> bool {
+    EDGES.iter().any(|(module, _)| *module == name) || OPEN.contains(&name)
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn rust_files(folder: &Path) -> Vec<Source> {
+    let mut sources = Vec::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("a folder of the repository") {
+            let path = entry.expect("an entry of a folder").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                let text = fs::read_to_string(&path).expect("a source file");
+                let below = path.strip_prefix(root()).expect("a path below the root");
+                sources.push(Source::new(&below.to_string_lossy(), &text));
+            }
+        }
+    }
+    assert!(!sources.is_empty(), "no sources below {}", folder.display());
+    sources
+}
+
+fn assert_none(faults: &[String]) {
+    assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
+}
+
+#[test]
+fn modules_import_only_downwards_and_wire_types_stay_at_the_edges() {
+    let faults: Vec<_> = rust_files(&root().join("src")).iter().flat_map(faults).collect();
+    assert_none(&faults);
+}
+
+#[test]
+fn no_file_is_longer_than_the_limit() {
+    let mut faults = Vec::new();
+    for source in ["src", "tests"].iter().flat_map(|folder| rust_files(&root().join(folder))) {
+        let lines = source.text.lines().count();
+        if lines > MAX_LINES {
+            faults.push(format!("{}: {lines} lines, {MAX_LINES} are allowed", source.path));
+        }
+    }
+    assert_none(&faults);
+}
+
+#[test]
+fn no_test_sleeps() {
+    let call = ["sleep", "("].concat();
+    let mut faults = Vec::new();
+    for source in rust_files(&root().join("tests")) {
+        for (line, text) in source.text.lines().enumerate() {
+            if text.contains(&call) {
+                faults.push(format!("{}:{}: wait on a condition", source.path, line + 1));
+            }
+        }
+    }
+    assert_none(&faults);
+}
+
+#[test]
+fn the_table_of_edges_has_no_cycle() {
+    for (from, edges) in EDGES {
+        for to in *edges {
+            let back = EDGES.iter().find(|(name, _)| name == to).map_or(&[][..], |(_, to)| *to);
+            assert!(!back.contains(from), "{from} and {to} import each other");
+        }
+    }
+}
+
+#[test]
+fn a_forbidden_edge_is_found_in_every_spelling() {
+    let faulty = |path: &str, code: &str| !faults(&Source::new(path, code)).is_empty();
+
+    assert!(faulty("src/relay/log.rs", "//! x\nuse crate::tasks::Task;\n"));
+    assert!(faulty("src/relay/log.rs", "//! x\nuse crate::{id::TaskId, tasks::{model, state}};\n"));
+    assert!(faulty("src/queue/mod.rs", "//! x\nfn f() { crate::runners::go() }\n"));
+    assert!(faulty("src/tasks/state.rs", "//! x\nuse crate::pb;\n"));
+    assert!(faulty("src/tasks/state.rs", "//! x\nuse tonic::Status;\n"));
+    assert!(faulty("src/tasks/ledger.rs", "//! x\nfn f() { sqlx::query(\"x\") }\n"));
+    assert!(faulty("src/runners/registry.rs", "//! x\nuse crate::tasks::store;\n"));
+    assert!(faulty("src/agent/mod.rs", "//! x\nuse crate::runners::registry;\n"));
+    assert!(faulty("src/tasks/new.rs", "use crate::id;\n"));
+    assert!(faulty("src/novel/mod.rs", "//! x\n"));
+
+    assert!(!faulty("src/relay/log.rs", "//! x\nuse crate::id::TaskId;\n"));
+    assert!(!faulty("src/tasks/service.rs", "//! x\nuse crate::{grpc::auth, pb};\n"));
+    assert!(!faulty("src/tasks/store.rs", "//! x\nuse sqlx::Row as _;\n"));
+    assert!(!faulty("src/relay/log.rs", "//! x\n// crate::tasks is above this\n"));
+    assert!(!faulty(
+        "src/relay/log.rs",
+        "//! x\n#[cfg(test)]\nmod tests { use crate::tasks::Task; }\n"
+    ));
+}
