@@ -5,6 +5,7 @@
 
 pub mod convert;
 pub mod history;
+pub mod housekeeping;
 pub mod ledger;
 pub mod metered;
 pub mod model;

@@ -10,9 +10,12 @@
 //!  QUEUED -- Evict --> FAILED
 //! ```
 
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
-use super::model::{Failure, State, Task, Usage};
+use crate::tasks::model::{Failure, State, Task, Usage};
 use crate::{
     clock::Micros,
     error::{Reason, reason_name},
