@@ -38,7 +38,7 @@ pub fn put(
 }
 
 /// Number of `TaskEvent.token`.
-const TOKEN: u32 = 7;
+const TOKEN: u32 = 8;
 
 /// Appends an encoded token: the bytes of [`put`], without a copy of the text.
 pub fn put_token(

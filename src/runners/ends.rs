@@ -16,7 +16,7 @@ use super::{
 use crate::{
     clock::Mono,
     error::{Error, Kind, Reason, Result, reason_name},
-    queue::SupplyKey,
+    queue::{Revocation, SupplyKey},
     tasks::{
         model::{Task, Usage},
         state::{Event, Outcome},
@@ -25,6 +25,8 @@ use crate::{
 
 /// Time between two sweeps.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
+/// Sweeps between two looks for leases that ended unheard.
+const STALE_EVERY: u32 = 10;
 /// Wait before the store is told again of an end that it did not take.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
@@ -140,8 +142,12 @@ impl Registry {
                 }
             }
             answer => {
-                // A revocation may have released it already.
-                let key = state.release(fence).map_or(holder, |lease| lease.holder);
+                let lease = state.release(fence);
+                if lease.is_none() && !matches!(end, End::Finish(..)) {
+                    // A revocation released it and told the runner.
+                    return Told::Ended;
+                }
+                let key = lease.map_or(holder, |lease| lease.holder);
                 if let Some(session) = key.and_then(|key| state.sessions.get_mut(&key)) {
                     self.tell_runner(session, fence, end, answer.is_ok());
                 }
@@ -215,8 +221,11 @@ impl Registry {
     /// Ends leases and sessions whose time is up, for ever.
     pub async fn run_sweep(self) -> anyhow::Result<()> {
         loop {
-            self.clock().sleep(SWEEP_INTERVAL).await;
-            self.sweep_once().await;
+            for _ in 0..STALE_EVERY {
+                self.clock().sleep(SWEEP_INTERVAL).await;
+                self.sweep_once().await;
+            }
+            self.sweep_stale();
         }
     }
 
@@ -246,6 +255,25 @@ impl Registry {
         };
         // Together, so that they share one commit.
         join_all(ends.into_iter().map(|(fence, end)| self.tell_store(fence, end))).await;
+    }
+
+    /// Revokes leases whose attempts the store ended without this side hearing of it: a
+    /// revocation is a nudge and may be lost.
+    pub fn sweep_stale(&self) {
+        let mut stale = Vec::new();
+        for lease in self.lock().leases.iter_mut() {
+            let live =
+                lease.ending.is_some() || lease.log.next_index(lease.fence.attempt).is_some();
+            // The second look, since the revocation may be on its way.
+            if !live && std::mem::replace(&mut lease.stale, true) {
+                stale.push(lease.fence);
+            }
+        }
+        for fence in stale {
+            let detail = "the attempt has ended".to_owned();
+            let Fence { task, attempt } = fence;
+            self.revoke(Revocation { task, attempt, reason: Reason::LeaseLost, detail });
+        }
     }
 
     fn sweep_sessions(&self, state: &mut State, mono: Mono) -> Vec<(Fence, End)> {

@@ -69,6 +69,8 @@ pub struct Lease {
     pub announced: u64,
     /// Until then a resend is not asked for again.
     pub resend_asked_until: Mono,
+    /// Whether the log was seen without the attempt.
+    pub stale: bool,
 }
 
 impl Lease {
@@ -178,6 +180,11 @@ impl Leases {
     /// The live lease of a task, to change it.
     pub fn of_task_mut(&mut self, task: TaskId) -> Option<&mut Lease> {
         self.by_task.get_mut(&task)
+    }
+
+    /// All leases, to change them.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Lease> {
+        self.by_task.values_mut()
     }
 
     /// Adds a lease. One of an earlier attempt is gone by then in the store, and is returned.

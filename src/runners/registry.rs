@@ -329,6 +329,7 @@ impl Registry {
             finish: None,
             announced: 0,
             resend_asked_until: mono,
+            stale: false,
         }
     }
 
