@@ -138,11 +138,13 @@ pub struct Auth {
     pub open_health: bool,
     /// Whether reflection answers without a credential.
     pub open_reflection: bool,
+    /// Whether `/metrics` answers without a credential.
+    pub open_metrics: bool,
 }
 
 impl Default for Auth {
     fn default() -> Self {
-        Self { required: true, open_health: true, open_reflection: false }
+        Self { required: true, open_health: true, open_reflection: false, open_metrics: false }
     }
 }
 
