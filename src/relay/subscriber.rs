@@ -53,6 +53,11 @@ impl Subscriber {
         Self { log, id: IDS.fetch_add(1, Relaxed), cursor: after, ticket: Ticket::default() }
     }
 
+    /// The log.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
     /// Sequence of the last entry that was handed out or skipped.
     pub fn cursor(&self) -> u64 {
         self.cursor

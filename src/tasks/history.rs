@@ -1,37 +1,62 @@
-//! A task's stream for a reader: what storage has, then what the live log brings.
+//! The stream of a task, whole: what storage has, then what the log brings.
 //!
-//! The log is opened before storage is read, so nothing falls between the two. The live part
-//! copies no frame and allocates nothing for one.
+//! The log is opened before storage is read, so that nothing falls between them: what was
+//! committed before is in storage, what is published later is in the log. A reader that the
+//! log has left behind goes back to storage and comes again. In storage an entry lies in the
+//! timeline, in a segment, or in the archived transcript; they are merged by sequence, and
+//! what does not follow without a hole is left for the next look.
 
 use std::{
     collections::VecDeque,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use futures_util::{Stream, future::BoxFuture};
+use futures_util::{
+    FutureExt, Stream, StreamExt,
+    future::BoxFuture,
+};
 
-use super::{model::Task, reads};
+use prost::Message;
+
+use super::{
+    archive::{Place, read_records},
+    model::Task,
+    reads,
+    transcripts::{self, Role},
+};
 use crate::{
-    clock::{Clock, Micros},
+    blob::{self, Blobs},
+    clock::Clock,
     db::Db,
     error::{Error, Kind, Reason, Result},
-    events::{self, frame},
     id::{Namespace, TaskId},
     pb::{self, Frame, task_event::Body},
     relay::{self, Ready, Relay, Subscriber},
 };
 
-/// Timeline entries and segments read at once.
-const PAGE: u32 = 256;
+/// Entries of the timeline read at once.
+const ENTRIES: u32 = 256;
 
-/// Opens streams; clones share their parts.
+/// Bytes of segments read at once.
+const BYTES: usize = 256 << 10;
+
+/// Looks at storage in a row that may find nothing, before it is a defect: one may come too
+/// early, one may meet the archiver.
+const MAX_FUTILE: u32 = 3;
+
+/// Places for entries that an idle reader keeps.
+const IDLE_CAPACITY: usize = 16;
+
+/// Where streams are read from; clones share it.
 #[derive(Clone)]
 pub struct History {
     /// Storage.
     pub db: Db,
+    /// Archived transcripts.
+    pub blobs: Blobs,
     /// Live logs.
     pub relay: Relay,
     /// Time.
@@ -48,10 +73,10 @@ pub struct Options {
 }
 
 impl History {
-    /// A stream of the task's entries after `after`. It ends after the terminal entry.
+    /// The entries of a namespace's task after a sequence, up to its end.
     ///
     /// # Errors
-    /// NOT_FOUND, and OUT_OF_RANGE when the task has ended before `after + 1`.
+    /// `NOT_FOUND`, and `OUT_OF_RANGE` when the task ended before `after`.
     pub async fn stream(
         &self,
         namespace: &Namespace,
@@ -59,157 +84,251 @@ impl History {
         after: u64,
         options: Options,
     ) -> Result<TaskStream> {
-        let log = self.relay.open(id);
         let namespace = namespace.clone();
-        let task = self
+        let read = self
             .db
-            .read(move |tx| Box::pin(async move { reads::get(tx, &namespace, id).await }))
-            .await?;
-        let last = task.state.is_terminal().then_some(task.last_sequence);
-        if let Some(last) = last.filter(|last| after > *last) {
-            return Err(Error::new(
-                Kind::OutOfRange,
-                Reason::InvalidParams,
-                format!("task `{id}` ended at sequence {last}; nothing follows {after}"),
-            )
-            .with("last_sequence", last));
+            .read(move |tx| Box::pin(async move { reads::get(tx, &namespace, id).await }));
+        let task = read.await?;
+        if task.state.is_terminal() && after > task.last_sequence {
+            return Err(out_of_range(id, task.last_sequence));
         }
-        let source = Source { history: self.clone(), task: id, last };
-        Ok(TaskStream {
-            page: Some(source.clone().page(after)),
-            source,
-            live: log.subscribe(after),
-            ready: VecDeque::new(),
-            options,
-            pause: None,
-            ended: false,
-        })
+        Ok(self.follow(id, after, options))
     }
 
-    /// The tokens of an ended task's last attempt, joined, up to `most` bytes, and whether that
-    /// cut them.
+    /// As [`stream`](Self::stream), for a caller that is known to own the task.
+    pub fn follow(&self, task: TaskId, after: u64, options: Options) -> TaskStream {
+        let log = self.relay.open(task);
+        // What the log has, it has without a hole; so storage is asked only for the rest.
+        let source = match log.head() {
+            Some(_) => Source::Log,
+            None => Source::Storage(self.stored(task, after, Place::default())),
+        };
+        TaskStream {
+            history: self.clone(),
+            subscriber: log.subscribe(after),
+            task,
+            after,
+            source,
+            place: Place::default(),
+            ready: VecDeque::new(),
+            n_futile: 0,
+            prefix: if options.tagged { id_field(task) } else { Bytes::new() },
+            window: options.window,
+            busy: false,
+        }
+    }
+
+    /// The tokens of an ended task's last attempt, joined, up to `most` bytes, and whether
+    /// that cut them.
     pub async fn text(&self, task: &Task, most: usize) -> Result<(String, bool)> {
-        let last = Some(task.last_sequence);
-        let source = Source { history: self.clone(), task: task.id, last };
-        let mut cursor = task.base_sequence;
+        let mut entries = self.follow(task.id, task.base_sequence, Options::default());
         let mut text = String::new();
-        while cursor < task.last_sequence {
-            let page = source.clone().page(cursor).await?;
-            let Some((last, _)) = page.last() else { break };
-            cursor = *last;
-            for (_, bytes) in &page {
-                let event = Frame(bytes.clone()).event().map_err(Error::internal)?;
-                if event.attempt != task.attempt {
-                    continue;
-                }
-                if let Some(Body::Token(token)) = event.body {
-                    if text.len() + token.text.len() > most {
-                        return Ok((text, true));
-                    }
-                    text.push_str(&token.text);
-                }
+        while let Some(frame) = entries.next().await {
+            let event = frame?.event().map_err(Error::internal)?;
+            let Some(Body::Token(token)) = event.body else { continue };
+            if event.attempt != task.attempt {
+                continue;
             }
+            if text.len() + token.text.len() > most {
+                return Ok((text, true));
+            }
+            text.push_str(&token.text);
         }
         Ok((text, false))
     }
-}
 
-type Entries = Vec<(u64, Bytes)>;
-
-/// Storage's part of a stream.
-#[derive(Clone)]
-struct Source {
-    history: History,
-    task: TaskId,
-    /// The terminal entry, when the task had ended.
-    last: Option<u64>,
-}
-
-impl Source {
-    /// Entries that follow `after` without a hole; empty when storage has no more.
-    fn page(self, after: u64) -> BoxFuture<'static, Result<Entries>> {
-        Box::pin(async move {
-            let task = self.task;
-            let read = self.history.db.read(move |tx| {
-                Box::pin(async move {
-                    let rows = events::store::list(tx, task, after, PAGE).await?;
-                    let segments = reads::segments_after(tx, task, after, PAGE).await?;
-                    Ok((rows, segments))
-                })
-            });
-            let (rows, segments) = read.await?;
-            let rows = rows.into_iter().map(|row| (row.sequence, row.frame)).collect();
-            Ok(merge(after, rows, segments))
-        })
+    fn stored(&self, task: TaskId, after: u64, place: Place) -> BoxFuture<'static, Result<Page>> {
+        let history = self.clone();
+        async move { history.page(task, after, place).await }.boxed()
     }
-}
 
-/// Joins timeline entries and segments (first sequence, frames) into entries that follow
-/// `after`. Where both have nothing but something comes later, history was dropped, and a gap
-/// says so.
-fn merge(after: u64, rows: Entries, segments: Vec<(u64, Bytes)>) -> Entries {
-    let mut rows = VecDeque::from(rows);
-    let mut runner_made: VecDeque<(u64, Bytes)> = segments
-        .into_iter()
-        .flat_map(|(first, frames)| (first..).zip(relay::frames(frames).flatten()))
-        .filter(|(sequence, _)| *sequence > after)
-        .collect();
-    let full = rows.len() as u32 == PAGE;
-    let last_row = rows.back().map(|(sequence, _)| *sequence);
-    let mut cursor = after;
-    let mut entries = Vec::new();
-    loop {
-        while runner_made.front().is_some_and(|(sequence, _)| *sequence <= cursor) {
-            runner_made.pop_front();
+    /// What storage has after a sequence, as far as one look goes.
+    async fn page(&self, task: TaskId, after: u64, place: Place) -> Result<Page> {
+        let read = self.db.read(move |tx| {
+            Box::pin(async move {
+                // Statements see what was committed before each of them. An entry moves from
+                // a segment to the transcript, so it is looked for in this order.
+                let entries = transcripts::entries(tx, task, after, ENTRIES).await?;
+                let (segments, more) = transcripts::segments(tx, task, after, BYTES).await?;
+                let transcript = match segments.is_empty() {
+                    true => transcripts::transcript(tx, task).await?,
+                    false => None,
+                };
+                let last = match entries.is_empty() {
+                    true => Some(transcripts::last_entry(tx, task).await?),
+                    false => None,
+                };
+                Ok((entries, segments, more, transcript, last))
+            })
+        });
+        let (entries, segments, more, transcript, last) = read.await?;
+        match last {
+            Some(None) => return Err(Error::not_found("task", task)),
+            Some(Some((last, true))) if after > last => return Err(out_of_range(task, last)),
+            Some(Some((_, true))) if segments.is_empty() => {
+                return Ok(Page { ended: true, ..Page::default() });
+            }
+            _ => {}
         }
-        while rows.front().is_some_and(|(sequence, _)| *sequence <= cursor) {
-            rows.pop_front();
-        }
-        let next = match (runner_made.front(), rows.front()) {
-            (Some(made), Some(row)) if made.0 < row.0 => runner_made.pop_front(),
-            (Some(_), None) => runner_made.pop_front(),
-            (_, Some(_)) => rows.pop_front(),
-            (None, None) => break,
+
+        let (records, place) = match transcript {
+            Some(transcript) if transcript.last > after => {
+                match read_records(&self.blobs, &transcript, after, place).await {
+                    Ok(found) => found,
+                    // It was deleted since the row was read; another look will tell.
+                    Err(blob::Error::NotFound(_)) => (Vec::new(), Place::default()),
+                    Err(error) => return Err(Error::storage(error)),
+                }
+            }
+            _ => (segments, place),
         };
-        let Some((sequence, bytes)) = next else { break };
-        // Behind the last row of a full page, rows may be missing here.
-        if full && last_row.is_some_and(|last| sequence > last) {
-            break;
-        }
-        let first = first_of(sequence, &bytes);
-        if first > cursor + 1 {
-            entries.push((first - 1, dropped(cursor + 1, first - 1)));
-        }
-        cursor = sequence;
-        entries.push((sequence, bytes));
-    }
-    entries
-}
-
-/// The first sequence that an entry stands for.
-fn first_of(sequence: u64, bytes: &Bytes) -> u64 {
-    match Frame(bytes.clone()).event().ok().and_then(|event| event.body) {
-        Some(Body::Gap(gap)) => gap.first_sequence.min(sequence),
-        _ => sequence,
+        // Who archived has stored the end before.
+        let full = more || entries.len() == ENTRIES as usize || transcript.is_some();
+        let mut page = merge(after, entries, records)?;
+        page.more = full && !page.ended && !page.frames.is_empty();
+        page.place = place;
+        Ok(page)
     }
 }
 
-fn dropped(first: u64, last: u64) -> Bytes {
-    let reason = "dropped by retention".to_owned();
-    let body = Body::Gap(pb::GapEvent { first_sequence: first, reason });
-    frame::encode(last, Micros::default(), 0, body)
-}
-
-/// The entries of one task, for one reader.
-pub struct TaskStream {
-    source: Source,
-    live: Subscriber,
-    /// A read of storage under way.
-    page: Option<BoxFuture<'static, Result<Entries>>>,
-    ready: VecDeque<(u64, Bytes)>,
-    options: Options,
-    pause: Option<BoxFuture<'static, ()>>,
+/// What one look at storage found.
+#[derive(Debug, Default)]
+struct Page {
+    /// Contiguous entries.
+    frames: VecDeque<(u64, Bytes)>,
+    /// The last of them is the task's end, or there is none and the end came before.
     ended: bool,
+    /// Storage may well have more.
+    more: bool,
+    /// Where the transcript goes on.
+    place: Place,
+}
+
+/// Merges the timeline and the runner's entries, both in order, into one stream without holes.
+fn merge(
+    after: u64,
+    entries: Vec<transcripts::Entry>,
+    segments: Vec<transcripts::Segment>,
+) -> Result<Page> {
+    let mut page = Page::default();
+    let mut cursor = after;
+    let mut entries = entries.into_iter().peekable();
+    let mut runner = segments
+        .into_iter()
+        .flat_map(|segment| (segment.first..).zip(relay::frames(segment.frames.into())))
+        .peekable();
+    loop {
+        // Stages and artifacts are found twice.
+        while entries.next_if(|entry| entry.sequence <= cursor).is_some() {}
+        while runner.next_if(|(sequence, _)| *sequence <= cursor).is_some() {}
+        if let Some((sequence, frame)) = runner.next_if(|(sequence, _)| *sequence == cursor + 1) {
+            cursor = sequence;
+            let frame = frame.ok_or_else(|| Error::internal("a segment is damaged"))?;
+            page.frames.push_back((cursor, frame));
+        } else if let Some(entry) = entries.next_if(|entry| covers(entry, cursor + 1)) {
+            cursor = entry.sequence;
+            page.ended = entry.role == Role::Ended;
+            page.frames.push_back((cursor, entry.frame.into()));
+        } else {
+            return Ok(page);
+        }
+    }
+}
+
+/// Whether an entry follows what comes before `next`.
+fn covers(entry: &transcripts::Entry, next: u64) -> bool {
+    if entry.sequence == next || entry.role != Role::Gap {
+        return entry.sequence == next;
+    }
+    let event = pb::TaskEvent::decode(&*entry.frame);
+    let body = event.ok().and_then(|event| event.body);
+    matches!(body, Some(Body::Gap(gap)) if gap.first_sequence <= next)
+}
+
+/// The entries of one task after a position; ends after the task's end, or with an error.
+pub struct TaskStream {
+    history: History,
+    subscriber: Subscriber,
+    task: TaskId,
+    after: u64,
+    source: Source,
+    place: Place,
+    ready: VecDeque<(u64, Bytes)>,
+    /// Looks at storage in a row that found nothing.
+    n_futile: u32,
+    prefix: Bytes,
+    window: Option<Duration>,
+    /// Whether something was handed out since the last rest.
+    busy: bool,
+}
+
+enum Source {
+    Storage(BoxFuture<'static, Result<Page>>),
+    Log,
+    Rest(BoxFuture<'static, ()>),
+    Done,
+}
+
+impl TaskStream {
+    /// Sequence up to which entries were handed out or are about to be.
+    pub fn cursor(&self) -> u64 {
+        self.subscriber.cursor()
+    }
+
+    fn look(&mut self) {
+        let after = self.subscriber.cursor();
+        self.source = Source::Storage(self.history.stored(self.task, after, self.place));
+    }
+
+    /// Takes over what storage had.
+    fn take(&mut self, page: Page) -> Result<()> {
+        self.place = page.place;
+        match page.frames.back() {
+            Some((last, _)) => {
+                self.subscriber.seek(*last);
+                self.n_futile = 0;
+            }
+            None => self.n_futile += 1,
+        }
+        if self.n_futile > MAX_FUTILE {
+            let next = self.subscriber.cursor() + 1;
+            return Err(Error::internal(format!("entry {next} of {} is nowhere", self.task)));
+        }
+        self.ready = page.frames;
+        match (page.ended, page.more) {
+            (true, _) => self.source = Source::Done,
+            (false, true) => self.look(),
+            (false, false) => self.source = Source::Log,
+        }
+        Ok(())
+    }
+
+    /// Does what the log says.
+    fn poll_log(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        match self.subscriber.poll_fill(cx, &mut self.ready) {
+            Poll::Ready(Ready::Frames) => {
+                self.n_futile = 0;
+                self.busy = true;
+            }
+            Poll::Ready(Ready::Behind) => self.look(),
+            Poll::Ready(Ready::End) => {
+                self.source = Source::Done;
+                let last = self.subscriber.log().head().unwrap_or(self.after);
+                if self.after > last {
+                    return Poll::Ready(Err(out_of_range(self.task, last)));
+                }
+            }
+            Poll::Pending => {
+                if self.ready.capacity() > IDLE_CAPACITY {
+                    self.ready = VecDeque::new();
+                }
+                let busy = std::mem::take(&mut self.busy);
+                let Some(window) = self.window.filter(|_| busy) else { return Poll::Pending };
+                self.source = Source::Rest(self.history.clock.sleep(window).boxed());
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
 }
 
 impl Stream for TaskStream {
@@ -218,123 +337,57 @@ impl Stream for TaskStream {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         loop {
-            if let Some((_, bytes)) = this.ready.pop_front() {
-                return Poll::Ready(Some(Ok(this.deliver(bytes))));
+            if let Some((_, frame)) = this.ready.pop_front() {
+                return Poll::Ready(Some(Ok(Frame(prefixed(&this.prefix, frame)))));
             }
-            if this.ended {
-                return Poll::Ready(None);
-            }
-            if let Some(pause) = &mut this.pause {
-                std::task::ready!(pause.as_mut().poll(cx));
-                this.pause = None;
-            }
-            if let Some(page) = &mut this.page {
-                let page = std::task::ready!(page.as_mut().poll(cx));
-                this.page = None;
-                match page {
+            let done = match &mut this.source {
+                Source::Storage(look) => match ready!(look.poll_unpin(cx)) {
                     Ok(page) => this.take(page),
-                    Err(error) => {
-                        this.ended = true;
-                        return Poll::Ready(Some(Err(error)));
-                    }
+                    Err(error) => Err(error),
+                },
+                Source::Log => ready!(this.poll_log(cx)),
+                Source::Rest(rest) => {
+                    ready!(rest.poll_unpin(cx));
+                    this.source = Source::Log;
+                    Ok(())
                 }
-                continue;
+                Source::Done => return Poll::Ready(None),
+            };
+            if let Err(error) = done {
+                this.source = Source::Done;
+                return Poll::Ready(Some(Err(error)));
             }
-            match std::task::ready!(this.live.poll_fill(cx, &mut this.ready)) {
-                Ready::Frames => this.rest(),
-                Ready::Behind => this.read_on(),
-                Ready::End => this.ended = true,
-            }
         }
     }
 }
 
-impl TaskStream {
-    fn read_on(&mut self) {
-        self.page = Some(self.source.clone().page(self.live.cursor()));
-    }
-
-    /// Takes what storage had and decides what to read next.
-    fn take(&mut self, page: Entries) {
-        let more = page.len() as u32 >= PAGE;
-        if let Some((last, _)) = page.last() {
-            self.live.seek(*last);
-        }
-        self.ready.extend(page);
-        if self.source.last.is_some_and(|last| self.live.cursor() >= last) {
-            self.ended = true;
-        } else if more || self.source.last.is_some() && !self.ready.is_empty() {
-            self.read_on();
-        } else if self.source.last.is_some() {
-            // The rows went while they were read.
-            self.ended = true;
-        }
-    }
-
-    /// Lets the next entries gather for a while, when that is wanted.
-    fn rest(&mut self) {
-        if let Some(window) = self.options.window {
-            self.pause = Some(Box::pin(self.source.history.clock.sleep(window)));
-        }
-    }
-
-    fn deliver(&self, bytes: Bytes) -> Frame {
-        if self.options.tagged { Frame(tag(self.source.task, &bytes)) } else { Frame(bytes) }
-    }
+fn out_of_range(task: TaskId, last: u64) -> Error {
+    Error::new(
+        Kind::OutOfRange,
+        Reason::InvalidParams,
+        format!("task `{task}` ended with sequence {last}"),
+    )
+    .with("task_id", task)
+    .with("last_sequence", last)
 }
 
-/// Sets `task_id` in an encoded event that has none: field 1 may stand before the others.
-pub fn tag(task: TaskId, bytes: &Bytes) -> Bytes {
-    let id = task.to_string();
-    let mut tagged = BytesMut::with_capacity(2 + id.len() + bytes.len());
-    tagged.put_u8(1 << 3 | 2);
-    tagged.put_u8(id.len() as u8);
-    tagged.put_slice(id.as_bytes());
-    tagged.put_slice(bytes);
-    tagged.freeze()
+/// Sets `task_id` in an encoded event that has none.
+pub fn tag(task: TaskId, frame: &Bytes) -> Bytes {
+    prefixed(&id_field(task), frame.clone())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The field `task_id` of an event. Fields may come in any order, so it may stand before the
+/// others.
+fn id_field(task: TaskId) -> Bytes {
+    pb::TaskEvent { task_id: task.to_string(), ..pb::TaskEvent::default() }.encode_to_vec().into()
+}
 
-    fn entry(sequence: u64) -> (u64, Bytes) {
-        let body = Body::Token(pb::TokenEvent { text: sequence.to_string(), index: 0 });
-        (sequence, frame::encode(sequence, Micros(0), 1, body))
+fn prefixed(prefix: &Bytes, frame: Bytes) -> Bytes {
+    if prefix.is_empty() {
+        return frame;
     }
-
-    fn segment(first: u64, last: u64) -> (u64, Bytes) {
-        let mut frames = BytesMut::new();
-        (first..=last).for_each(|sequence| relay::put_frame(&mut frames, &entry(sequence).1));
-        (first, frames.freeze())
-    }
-
-    fn sequences(entries: &Entries) -> Vec<u64> {
-        entries.iter().map(|(sequence, _)| *sequence).collect()
-    }
-
-    #[test]
-    fn rows_and_segments_are_merged_in_order_each_sequence_once() {
-        let rows = vec![entry(1), entry(2), entry(4), entry(8)];
-        let merged = merge(0, rows.clone(), vec![segment(3, 5), segment(5, 7)]);
-        assert_eq!(sequences(&merged), [1, 2, 3, 4, 5, 6, 7, 8]);
-        let merged = merge(5, vec![entry(8)], vec![segment(5, 7)]);
-        assert_eq!(sequences(&merged), [6, 7, 8]);
-    }
-
-    #[test]
-    fn a_hole_in_storage_is_told_as_a_gap() {
-        let merged = merge(0, vec![entry(1), entry(5)], Vec::new());
-        assert_eq!(sequences(&merged), [1, 4, 5]);
-        assert_eq!(first_of(4, &merged[1].1), 2);
-    }
-
-    #[test]
-    fn a_tagged_frame_is_the_same_event_with_its_task() {
-        let id: TaskId = "01890a5d-ac96-774b-bcce-b302099a8057".parse().unwrap();
-        let plain = Frame(entry(3).1);
-        let tagged = Frame(tag(id, &plain.0)).event().unwrap();
-        assert_eq!(tagged.task_id, id.to_string());
-        assert_eq!(pb::TaskEvent { task_id: String::new(), ..tagged }, plain.event().unwrap());
-    }
+    let mut whole = BytesMut::with_capacity(prefix.len() + frame.len());
+    whole.put_slice(prefix);
+    whole.put_slice(&frame);
+    whole.freeze()
 }

@@ -1,0 +1,116 @@
+//! The loop that brings what runners sent to stable storage in the background.
+//!
+//! Every 200 ms, or at once when much is waiting or a log needs more sequences, it takes what
+//! the logs have not recorded and gives all of it to the ledger in few transactions. Only then
+//! do logs acknowledge it and may drop it from memory. It also has the relay keep its bounds.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
+
+use super::ledger::Ledger;
+use crate::{
+    clock::Clock,
+    error::Result,
+    relay::{Log, Relay, SegmentData},
+    telemetry::Metrics,
+};
+
+/// Longest time that an event waits to be recorded.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// Pause after a failure, so that failing storage is not hammered.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Time between two sweeps of an idle relay.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// Bytes of one transaction.
+const TRANSACTION: usize = 8 << 20;
+
+/// Records logs.
+pub struct Recorder {
+    relay: Relay,
+    ledger: Ledger,
+    clock: Clock,
+    metrics: Metrics,
+}
+
+impl Recorder {
+    /// A recorder of these logs.
+    pub fn new(relay: Relay, ledger: Ledger, clock: Clock, metrics: Metrics) -> Self {
+        Self { relay, ledger, clock, metrics }
+    }
+
+    /// Records for ever; after `last_call`, when no runner can send any more, a last time.
+    pub async fn run(self, last_call: CancellationToken) -> anyhow::Result<()> {
+        while !last_call.is_cancelled() {
+            tokio::select! {
+                () = self.relay.dirty_notified() => tokio::select! {
+                    () = self.clock.sleep(INTERVAL) => {}
+                    () = self.relay.hurried() => {}
+                    () = last_call.cancelled() => {}
+                },
+                () = self.clock.sleep(SWEEP) => {}
+                () = last_call.cancelled() => {}
+            }
+            let recorded = self.run_once().await;
+            self.relay.evict();
+            self.measure();
+            if let Err(error) = recorded {
+                tracing::warn!(%error, "events wait to be recorded");
+                tokio::select! {
+                    () = self.clock.sleep(PAUSE) => {}
+                    () = last_call.cancelled() => {}
+                }
+            }
+        }
+        self.run_once().await?;
+        Ok(())
+    }
+
+    /// Records what there is; returns how many segments that were. What failed is taken again.
+    pub async fn run_once(&self) -> Result<usize> {
+        let mut taken: Vec<(Arc<Log>, SegmentData)> = Vec::new();
+        for log in self.relay.dirty() {
+            if let Some(segment) = log.take_unrecorded() {
+                taken.push((log, segment));
+            }
+        }
+        let n_segments = taken.len();
+        let mut outcome = Ok(n_segments);
+        while !taken.is_empty() {
+            let mut size = 0;
+            let fits = taken.iter().take_while(|(_, segment)| {
+                let before = size;
+                size += segment.frames.len();
+                before == 0 || size <= TRANSACTION
+            });
+            let batch: Vec<_> = {
+                let n_fitting = fits.count();
+                taken.drain(..n_fitting).collect()
+            };
+            // After a failure the others are given back unasked.
+            if outcome.is_ok() {
+                let segments = batch.iter().map(|(_, segment)| segment.clone()).collect();
+                outcome = self.ledger.record(segments).await.map(|()| n_segments);
+            }
+            for (log, segment) in batch {
+                if outcome.is_ok() {
+                    self.metrics.segment_bytes.inc_by(segment.frames.len() as u64);
+                    log.recorded(segment.last, segment.reserve_to.unwrap_or(0));
+                } else {
+                    log.not_recorded(segment.last);
+                }
+            }
+        }
+        outcome
+    }
+
+    fn measure(&self) {
+        let stats = self.relay.stats();
+        self.metrics.relay_bytes.set(stats.bytes as i64);
+        self.metrics.relay_logs.set(stats.logs as i64);
+        self.metrics.relay_subscribers.set(stats.subscribers as i64);
+    }
+}
