@@ -14,10 +14,7 @@ use std::{
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use futures_util::{
-    FutureExt, Stream, StreamExt,
-    future::BoxFuture,
-};
+use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture};
 
 use prost::Message;
 
@@ -85,9 +82,8 @@ impl History {
         options: Options,
     ) -> Result<TaskStream> {
         let namespace = namespace.clone();
-        let read = self
-            .db
-            .read(move |tx| Box::pin(async move { reads::get(tx, &namespace, id).await }));
+        let read =
+            self.db.read(move |tx| Box::pin(async move { reads::get(tx, &namespace, id).await }));
         let task = read.await?;
         if task.state.is_terminal() && after > task.last_sequence {
             return Err(out_of_range(id, task.last_sequence));

@@ -52,6 +52,7 @@ impl Service {
     pub fn new(parts: Parts, ledger: Ledger, supervisor: Supervisor) -> Self {
         let history = History {
             db: parts.db.clone(),
+            blobs: parts.blobs.clone(),
             relay: parts.relay.clone(),
             clock: parts.clock.clone(),
         };
@@ -229,7 +230,7 @@ impl TaskService for Service {
             caller: caller.clone(),
             task: (on_disconnect != OnDisconnect::Keep).then_some(id),
         };
-        let stream = self.history.stream(&caller.namespace, id, 0, Options::default()).await?;
+        let stream = self.history.follow(id, 0, Options::default());
         let end = stream::poll_fn(move |_| {
             guard.disarm();
             std::task::Poll::Ready(None)

@@ -24,6 +24,7 @@ use super::{
     timers::Timers,
 };
 use crate::{
+    blob::Blobs,
     clock::{Clock, Micros},
     db::Db,
     error::{Error, Reason, Result},
@@ -118,6 +119,8 @@ pub struct Ledger(mpsc::Sender<Command>);
 pub struct Parts {
     /// Truth.
     pub db: Db,
+    /// Archived transcripts.
+    pub blobs: Blobs,
     /// Time.
     pub clock: Clock,
     /// Ids and jitter.

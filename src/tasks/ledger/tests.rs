@@ -28,6 +28,7 @@ impl Bench {
         let clock = Clock::manual();
         let parts = Parts {
             db: Db::open(&dir.path().join("baton.db")).await.unwrap(),
+            blobs: Blobs::open(dir.path().join("transcripts")).await.unwrap(),
             queue: Queue::new(queue::Limits::default(), clock.clone()),
             clock,
             entropy: Entropy::seeded(7),
