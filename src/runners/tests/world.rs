@@ -54,6 +54,7 @@ impl World {
         let clock = Clock::manual();
         let parts = Parts {
             db: Db::open(&dir.path().join("baton.db")).await.unwrap(),
+            blobs: crate::blob::Blobs::open(dir.path().join("transcripts")).await.unwrap(),
             queue: Queue::new(queue::Limits::default(), clock.clone()),
             clock: clock.clone(),
             entropy: Entropy::seeded(7),
