@@ -11,6 +11,7 @@ mod bulk;
 pub mod page;
 
 use std::{
+    future::Future,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -51,6 +52,8 @@ struct Inner {
     reader_slots: Semaphore,
     healthy: watch::Sender<bool>,
     headroom: AtomicU64,
+    /// Statements block the thread: no time passes in a simulation while they run.
+    blocking: bool,
 }
 
 /// A transaction, or for reads a connection.
@@ -119,13 +122,26 @@ impl Db {
         Ok(db)
     }
 
+    /// As [`open`](Self::open), for a simulation: statements take no simulated time, and
+    /// nothing is synced.
+    pub async fn open_simulated(path: &Path) -> Result<Self> {
+        let db = futures_executor::block_on(Self::connect_as(path, true))?;
+        futures_executor::block_on(db.migrate_now())?;
+        Ok(db)
+    }
+
     /// Opens the database at `path` as it is.
     pub async fn connect(path: &Path) -> Result<Self> {
+        Self::connect_as(path, false).await
+    }
+
+    async fn connect_as(path: &Path, blocking: bool) -> Result<Self> {
+        let synchronous = if blocking { SqliteSynchronous::Off } else { SqliteSynchronous::Full };
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
+            .synchronous(synchronous)
             .foreign_keys(true)
             .busy_timeout(Duration::from_secs(5))
             .pragma("wal_autocheckpoint", "4000")
@@ -143,7 +159,13 @@ impl Db {
             reader_slots: Semaphore::new(READERS),
             healthy: watch::Sender::new(true),
             headroom: AtomicU64::new(HEADROOM),
+            blocking,
         })))
+    }
+
+    /// Drives work on the database to its end: in a simulation without letting time pass.
+    pub async fn drive<T>(&self, work: impl Future<Output = T>) -> T {
+        if self.0.blocking { futures_executor::block_on(work) } else { work.await }
     }
 
     /// Begins a transaction. One writer runs at a time. Dropped without
@@ -173,15 +195,26 @@ impl Db {
         F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
         T: Send,
     {
-        let mut write = self.begin().await?;
-        match f(write.tx()).await {
-            Ok(value) => write.commit().await.map(|()| value),
-            Err(error) => Err(write.rollback(error).await),
-        }
+        let work = async {
+            let mut write = self.begin().await?;
+            match f(write.tx()).await {
+                Ok(value) => write.commit().await.map(|()| value),
+                Err(error) => Err(write.rollback(error).await),
+            }
+        };
+        self.drive(work).await
     }
 
     /// Runs `f` on a reading connection. Each statement sees what was committed before it.
     pub async fn read<T, F>(&self, f: F) -> Result<T>
+    where
+        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
+        T: Send,
+    {
+        self.drive(self.read_now(f)).await
+    }
+
+    async fn read_now<T, F>(&self, f: F) -> Result<T>
     where
         F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
         T: Send,

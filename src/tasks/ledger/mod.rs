@@ -263,6 +263,11 @@ impl Writer {
     }
 
     async fn commit(&mut self, batch: &mut Batch) -> Result<()> {
+        let db = self.parts.db.clone();
+        db.drive(self.commit_now(batch)).await
+    }
+
+    async fn commit_now(&mut self, batch: &mut Batch) -> Result<()> {
         let began = self.parts.clock.mono();
         let mut write = self.parts.db.begin().await?;
         let done = async {
