@@ -19,6 +19,8 @@ pub mod service;
 pub mod state;
 pub mod store;
 mod submit;
+#[cfg(test)]
+mod tests;
 pub mod timers;
 pub mod transcripts;
 pub mod watch;

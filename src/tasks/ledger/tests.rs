@@ -43,6 +43,16 @@ impl Bench {
         Self { ledger, parts, _dir: dir }
     }
 
+    /// The same database after a restart, with a relay that knows nothing.
+    pub fn restarted(self, relay: Relay) -> Self {
+        let queue = Queue::new(queue::Limits::default(), self.parts.clock.clone());
+        let parts = Parts { relay, queue, timers: Timers::default(), ..self.parts };
+        let (ledger, writer) = new(parts.clone());
+        #[expect(clippy::disallowed_methods, reason = "the test's runtime ends it")]
+        tokio::spawn(writer.run());
+        Self { ledger, parts, _dir: self._dir }
+    }
+
     pub async fn submit(&self, new: NewTask) -> Submitted {
         self.ledger.submit(vec![new]).await.pop().unwrap().unwrap()
     }
