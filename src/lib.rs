@@ -20,3 +20,5 @@ pub mod tasks;
 
 pub mod grpc;
 pub mod runners;
+
+pub mod app;

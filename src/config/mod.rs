@@ -27,8 +27,6 @@ pub struct Config {
     pub storage: Storage,
     /// Admission.
     pub queue: Queue,
-    /// Tasks.
-    pub tasks: Tasks,
     /// Leases and runner sessions.
     pub runners: Runners,
     /// Live token logs.
@@ -154,8 +152,6 @@ impl Default for Auth {
 pub struct Storage {
     /// Directory of the database and the files; made when absent.
     pub data_dir: PathBuf,
-    /// Connections that read the database.
-    pub readers: u32,
     /// Writes are refused while the disk has less than this to give.
     #[serde(with = "units::bytes")]
     pub min_free: u64,
@@ -163,7 +159,7 @@ pub struct Storage {
 
 impl Default for Storage {
     fn default() -> Self {
-        Self { data_dir: PathBuf::from("baton-data"), readers: 4, min_free: 64 << 20 }
+        Self { data_dir: PathBuf::from("baton-data"), min_free: 32 << 20 }
     }
 }
 
@@ -188,7 +184,7 @@ impl Default for Queue {
             max_per_model: 1_000_000,
             max_per_namespace: 2_000_000,
             full: FullPolicy::Reject,
-            ageing: Duration::from_secs(10),
+            ageing: Duration::from_secs(30),
         }
     }
 }
@@ -201,37 +197,6 @@ pub enum FullPolicy {
     Reject,
     /// Ends the oldest waiting task of the lowest priority, if not above the new one's.
     DropOldest,
-}
-
-/// Tasks.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Tasks {
-    /// Ended tasks are kept this long.
-    #[serde(with = "units::duration")]
-    pub retention: Duration,
-    /// A `request_id` finds its task this long.
-    #[serde(with = "units::duration")]
-    pub request_id_window: Duration,
-    /// Longest attempt of a task that names none.
-    #[serde(with = "units::duration")]
-    pub execution_timeout: Duration,
-    /// Attempts that may be lost with their runners before a task is dead-lettered.
-    pub max_lost: u32,
-    /// Attempts that may be handed back before a task is dead-lettered.
-    pub max_handed_back: u32,
-}
-
-impl Default for Tasks {
-    fn default() -> Self {
-        Self {
-            retention: Duration::from_secs(7 * 86_400),
-            request_id_window: Duration::from_secs(86_400),
-            execution_timeout: Duration::from_secs(3_600),
-            max_lost: 5,
-            max_handed_back: 20,
-        }
-    }
 }
 
 /// Leases and runner sessions.
@@ -259,10 +224,10 @@ impl Default for Runners {
     fn default() -> Self {
         Self {
             lease_ttl: Duration::from_secs(15),
-            heartbeat_interval: Duration::from_secs(5),
-            session_grace: Duration::from_secs(15),
-            max_stream_age: Duration::from_secs(3_600),
-            cancel_grace: Duration::from_secs(10),
+            heartbeat_interval: Duration::from_secs(3),
+            session_grace: Duration::from_secs(30),
+            max_stream_age: Duration::from_secs(1_800),
+            cancel_grace: Duration::from_secs(5),
         }
     }
 }
@@ -271,20 +236,17 @@ impl Default for Runners {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Relay {
-    /// Memory of one task's log.
+    /// Memory of one task's log, above which events on stable storage are read from there.
     #[serde(with = "units::bytes")]
     pub per_task: u64,
-    /// Memory of all logs.
+    /// Memory of all logs, likewise; above it logs also take no more until there is room.
     #[serde(with = "units::bytes")]
     pub total: u64,
-    /// Tokens may wait this long to be sent with others; zero sends each at once.
-    #[serde(with = "units::duration")]
-    pub batch: Duration,
 }
 
 impl Default for Relay {
     fn default() -> Self {
-        Self { per_task: 8 << 20, total: 512 << 20, batch: Duration::ZERO }
+        Self { per_task: 1 << 20, total: 256 << 20 }
     }
 }
 
@@ -355,7 +317,7 @@ impl Config {
             );
         }
         let (limits, runners) = (&self.limits, &self.runners);
-        let least: [(&str, u64, u64); 14] = [
+        let least: [(&str, u64, u64); 13] = [
             ("server.io_threads", self.server.io_threads as u64, 1),
             ("limits.connections", limits.connections as u64, 1),
             ("limits.connections_per_ip", limits.connections_per_ip as u64, 1),
@@ -366,7 +328,6 @@ impl Config {
             ("limits.stream_window", limits.stream_window, 65_535),
             ("limits.message", limits.message, 1_024),
             ("limits.headers", limits.headers, 4_096),
-            ("storage.readers", self.storage.readers.into(), 1),
             ("queue.max_per_model", self.queue.max_per_model, 1),
             ("queue.max_per_namespace", self.queue.max_per_namespace, 1),
             ("relay.per_task", self.relay.per_task, 65_536),
@@ -376,13 +337,12 @@ impl Config {
                 return refuse(key, format!("is {value}, and must be at least {least}"));
             }
         }
-        let most: [(&str, u64, u64); 6] = [
+        let most: [(&str, u64, u64); 5] = [
             ("server.io_threads", self.server.io_threads as u64, 1_024),
             ("limits.connection_window", limits.connection_window, (1 << 31) - 1),
             ("limits.stream_window", limits.stream_window, (1 << 31) - 1),
             ("limits.message", limits.message, 1 << 30),
             ("limits.headers", limits.headers, 1 << 20),
-            ("storage.readers", self.storage.readers.into(), 256),
         ];
         for (key, value, most) in most {
             if value > most {
@@ -395,8 +355,6 @@ impl Config {
             ("limits.keepalive_interval", limits.keepalive_interval),
             ("limits.keepalive_timeout", limits.keepalive_timeout),
             ("queue.ageing", self.queue.ageing),
-            ("tasks.execution_timeout", self.tasks.execution_timeout),
-            ("tasks.retention", self.tasks.retention),
             ("runners.heartbeat_interval", runners.heartbeat_interval),
             ("runners.max_stream_age", runners.max_stream_age),
         ];

@@ -1,0 +1,396 @@
+//! The composition root: the only file that picks concrete parts, starts the loops, serves
+//! and drains.
+
+use std::{
+    fs::File,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    clock::Clock,
+    config::{self, Config},
+    db::{self, Db},
+    error::Error,
+    events::Tail,
+    grpc::{
+        health::{self, Health},
+        layers::{Edge, Parts, Services},
+        serve::{self, Listener},
+    },
+    id::Entropy,
+    keys::{self, Keyring},
+    pb::server::{
+        key_service_server::KeyServiceServer, runner_service_server::RunnerServiceServer,
+        task_service_server::TaskServiceServer,
+    },
+    queue::{self, Queue},
+    relay::{self, Relay},
+    runners::{self, Registry, RunnerLimits},
+    supervisor::Supervisor,
+    tasks::{self, ledger},
+    telemetry::{Metrics, StateLabel},
+};
+
+/// Attempt tokens outlive the execution timeout by this much, for a last report.
+const TOKEN_MARGIN: Duration = Duration::from_secs(300);
+
+/// A server that runs.
+pub struct App {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// Its loops and connections.
+    pub supervisor: Supervisor,
+    /// Its metrics.
+    pub metrics: Metrics,
+    /// Its credentials.
+    pub keyring: Keyring,
+    /// Its database.
+    pub db: Db,
+    /// The file with the first admin key, when this start made it.
+    pub first_key: Option<PathBuf>,
+    health: Health,
+    clock: Clock,
+    grace: Duration,
+    threads_end: CancellationToken,
+    _lock: File,
+}
+
+impl App {
+    /// Starts a server on the configured address; port 0 picks a free one.
+    pub async fn start(config: Config, clock: Clock, entropy: Entropy) -> anyhow::Result<Self> {
+        let wanted = config.server.addr;
+        let listener = bind(wanted)?;
+        let addr = listener.local_addr()?;
+        Self::start_on(listener, addr, config, clock, entropy).await
+    }
+
+    /// Starts a server on a listener that is open already.
+    pub async fn start_on<L: Listener>(
+        listener: L,
+        addr: SocketAddr,
+        config: Config,
+        clock: Clock,
+        entropy: Entropy,
+    ) -> anyhow::Result<Self> {
+        config.validate()?;
+        raise_descriptor_limit();
+        let data_dir = &config.storage.data_dir;
+        let lock = lock_data_dir(data_dir)?;
+        let path = data_dir.join("baton.db");
+        let db =
+            Db::open(&path).await.with_context(|| format!("cannot open {}", path.display()))?;
+        db.set_headroom(config.storage.min_free);
+        let supervisor = Supervisor::new();
+        let metrics = Metrics::new();
+        metrics.start_time_seconds.set(clock.now().0 as f64 / 1e6);
+
+        let open = !config.auth.required;
+        let keyring = Keyring::open(db.clone(), clock.clone(), entropy.clone(), open).await?;
+        let first_key = if open { None } else { write_first_key(&keyring, data_dir).await? };
+
+        let relay = Relay::new(relay::Limits {
+            log_bytes: usize::try_from(config.relay.per_task)?,
+            total_bytes: usize::try_from(config.relay.total)?,
+            ..relay::Limits::default()
+        });
+        let queue = Queue::new(queue_limits(&config.queue), clock.clone());
+        let parts = ledger::Parts {
+            db: db.clone(),
+            clock: clock.clone(),
+            entropy: entropy.clone(),
+            relay: relay.clone(),
+            queue: queue.clone(),
+            timers: tasks::timers::Timers::default(),
+            tail: Tail::default(),
+            metrics: metrics.clone(),
+        };
+        let (ledger, writer) = ledger::new(parts.clone());
+        let registry = Registry::new(
+            runner_limits(&config.runners),
+            clock.clone(),
+            entropy.clone(),
+            queue.clone(),
+            relay.clone(),
+            supervisor.clone(),
+            ports(&ledger, &db, &keyring),
+        );
+        registry.adopt(tasks::recovery::running(&parts).await?);
+
+        let loops = &supervisor;
+        loops.spawn_loop("ledger", writer.run());
+        loops.spawn_loop("timers", parts.timers.clone().run(ledger.clone(), clock.clone()));
+        loops.spawn_loop("housekeeping", tasks::housekeeping::run(db.clone(), clock.clone()));
+        loops.spawn_loop("storage health", db::watch_health(db.clone(), clock.clone()));
+        loops.spawn_loop("lease sweep", registry.clone().run_sweep());
+        loops.spawn_loop("revocations", registry.clone().run_revocations());
+        loops.spawn_loop("keys", keyring.clone().run());
+        let fan_out = relay.clone();
+        loops.spawn_loop("fan-out", async move {
+            fan_out.fan_out().await;
+            Ok(())
+        });
+
+        let services = services(&config, &parts, &ledger, &registry, &keyring, &supervisor);
+        let health = Health::new(&services).await;
+        let services = services.add(health.server());
+        let services =
+            if config.server.reflection { health::with_reflection(services)? } else { services };
+        let gauges = gauges(metrics.clone(), relay, registry.clone(), queue, db.clone());
+        let edge = Edge::new(Parts {
+            services,
+            http: health::router(health.clone(), metrics.clone(), gauges),
+            keyring: keyring.clone(),
+            auth: config.auth.clone(),
+            limits: config.limits.clone(),
+            metrics: metrics.clone(),
+            supervisor: supervisor.clone(),
+            entropy,
+        });
+        let threads_end = CancellationToken::new();
+        let threads = config.server.io_threads;
+        loops.spawn_flushing_loop("accept", {
+            serve::serve(listener, edge, threads, threads_end.clone())
+        });
+        tasks::recovery::waiting(&parts).await?;
+        loops.spawn_loop("health", follow_storage(health.clone(), parts, registry));
+        tracing::info!(%addr, data_dir = %data_dir.display(), "serving");
+        let grace = config.server.shutdown_grace;
+        Ok(Self {
+            addr,
+            supervisor,
+            metrics,
+            keyring,
+            db,
+            first_key,
+            health,
+            clock,
+            grace,
+            threads_end,
+            _lock: lock,
+        })
+    }
+
+    /// Whether the server takes calls.
+    pub fn is_serving(&self) -> bool {
+        self.health.is_serving()
+    }
+
+    /// Completes when a loop failed or a stop was asked for.
+    pub async fn stopped(&self) {
+        self.supervisor.stop_requested().cancelled().await;
+    }
+
+    /// Drains and ends within the grace: not serving first, then no new connection, GOAWAY,
+    /// streams, loops, and the database last. An error names the loops that had failed.
+    pub async fn shutdown(self) -> anyhow::Result<()> {
+        self.health.set(false).await;
+        self.supervisor.shutdown(self.grace, &self.clock).await;
+        self.threads_end.cancel();
+        self.db.close().await;
+        let failures = self.supervisor.failures();
+        if failures.is_empty() {
+            tracing::info!("stopped");
+            return Ok(());
+        }
+        bail!("stopped after a failure: {}", failures.join("; "))
+    }
+}
+
+fn services(
+    config: &Config,
+    parts: &ledger::Parts,
+    ledger: &ledger::Ledger,
+    registry: &Registry,
+    keyring: &Keyring,
+    supervisor: &Supervisor,
+) -> Services {
+    let limit = usize::try_from(config.limits.message).unwrap_or(usize::MAX);
+    let tasks = tasks::service::Service::new(parts.clone(), ledger.clone(), supervisor.clone());
+    let runners = runners::service::Service(registry.clone());
+    let keys = keys::Service::new(keyring.clone());
+    Services::new()
+        .add(TaskServiceServer::new(tasks).max_decoding_message_size(limit))
+        .add(RunnerServiceServer::new(runners).max_decoding_message_size(limit))
+        .add(KeyServiceServer::new(keys).max_decoding_message_size(limit))
+}
+
+/// Serving is what storage and recovery allow: after an outage, what was missed in memory is
+/// rebuilt from the rows.
+async fn follow_storage(
+    health: Health,
+    parts: ledger::Parts,
+    registry: Registry,
+) -> anyhow::Result<()> {
+    let mut healthy = parts.db.healthy();
+    let mut was_down = false;
+    loop {
+        if !*healthy.borrow_and_update() {
+            was_down = true;
+            health.set(false).await;
+        } else if was_down {
+            match recover(&parts, &registry).await {
+                Ok(()) => was_down = false,
+                Err(error) => {
+                    tracing::warn!(%error, "recovery failed; trying again");
+                    parts.clock.sleep(Duration::from_millis(500)).await;
+                    continue;
+                }
+            }
+        }
+        if !was_down {
+            health.set(true).await;
+        }
+        healthy.changed().await.context("the database is gone")?;
+    }
+}
+
+async fn recover(parts: &ledger::Parts, registry: &Registry) -> Result<(), Error> {
+    registry.adopt(tasks::recovery::running(parts).await?);
+    tasks::recovery::waiting(parts).await?;
+    Ok(())
+}
+
+/// What runners need of the ledger and of keys, which they must not import.
+fn ports(ledger: &ledger::Ledger, db: &Db, keyring: &Keyring) -> runners::Ports {
+    let (ledger, db, signer) = (ledger.clone(), db.clone(), keyring.signer().clone());
+    runners::Ports {
+        apply: Arc::new(move |id, event| {
+            let ledger = ledger.clone();
+            Box::pin(async move { ledger.apply(id, event).await })
+        }),
+        get: Arc::new(move |id| {
+            let db = db.clone();
+            Box::pin(async move {
+                let found = db
+                    .read(move |tx| Box::pin(async move { tasks::store::load(tx, &[id]).await }))
+                    .await?;
+                found.into_iter().next().ok_or_else(|| Error::not_found("task", id))
+            })
+        }),
+        token: Arc::new(move |task| {
+            let ttl = task.spec.execution_timeout + TOKEN_MARGIN;
+            signer.attempt_token(&task.namespace, task.id, task.attempt, ttl)
+        }),
+    }
+}
+
+fn queue_limits(config: &config::Queue) -> queue::Limits {
+    queue::Limits {
+        max_per_model: config.max_per_model,
+        max_per_namespace: config.max_per_namespace,
+        when_full: match config.full {
+            config::FullPolicy::Reject => queue::FullPolicy::Reject,
+            config::FullPolicy::DropOldest => queue::FullPolicy::DropOldest,
+        },
+        ageing_step: config.ageing,
+        ..queue::Limits::default()
+    }
+}
+
+fn runner_limits(config: &config::Runners) -> RunnerLimits {
+    RunnerLimits {
+        heartbeat_interval: config.heartbeat_interval,
+        lease_ttl: config.lease_ttl,
+        session_grace: config.session_grace,
+        max_stream_age: config.max_stream_age,
+        cancel_grace: config.cancel_grace,
+        ..RunnerLimits::default()
+    }
+}
+
+/// Brings gauges up to date that are cheaper to ask for than to keep.
+fn gauges(
+    metrics: Metrics,
+    relay: Relay,
+    registry: Registry,
+    queue: Queue,
+    db: Db,
+) -> impl Fn() + Clone + Send + Sync + 'static {
+    let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+    move || {
+        let stats = relay.stats();
+        metrics.relay_bytes.set(count(stats.bytes));
+        metrics.relay_logs.set(count(stats.logs));
+        metrics.relay_subscribers.set(count(stats.subscribers));
+        let (sessions, leases) = registry.counts();
+        metrics.runners.get_or_create(&StateLabel { state: "any" }).set(count(sessions));
+        metrics.running.set(count(leases));
+        metrics.queued.set(count(queue.len()));
+        metrics.storage_healthy.set(i64::from(*db.healthy().borrow()));
+    }
+}
+
+/// Opens the port, with a backlog for herds of runners that return at once.
+fn bind(addr: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
+    let socket = match addr {
+        SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    let bound = socket.bind(addr).and_then(|()| socket.listen(4_096));
+    bound.map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            anyhow::anyhow!("the address {addr} is in use; stop the other program or choose another address with --addr")
+        }
+        _ => anyhow::Error::new(error).context(format!("cannot listen on {addr}")),
+    })
+}
+
+/// Makes the data directory for its owner alone, and takes it for this process.
+fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("cannot make the data directory {}", dir.display()))?;
+    let path = dir.join("baton.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot write to the data directory {}", dir.display()))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => bail!(
+            "the data directory {} is in use by another server; stop it or choose another directory with --data-dir",
+            dir.display()
+        ),
+        Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// Makes the first admin key and leaves it where only the owner of the data reads it.
+async fn write_first_key(keyring: &Keyring, dir: &Path) -> anyhow::Result<Option<PathBuf>> {
+    use std::io::Write as _;
+    let Some(key) = keyring.bootstrap().await? else { return Ok(None) };
+    let path = dir.join("admin.key");
+    let mut file = File::options()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    writeln!(file, "{key}")?;
+    tracing::info!(path = %path.display(), "the first admin key was written");
+    Ok(Some(path))
+}
+
+/// Connections need descriptors: takes as many as the system lets this user have.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
