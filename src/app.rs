@@ -14,6 +14,7 @@ use anyhow::{Context as _, bail};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    blob::Blobs,
     clock::Clock,
     config::{self, Config},
     db::{self, Db},
@@ -34,7 +35,7 @@ use crate::{
     relay::{self, Relay},
     runners::{self, Registry, RunnerLimits},
     supervisor::Supervisor,
-    tasks::{self, ledger},
+    tasks::{self, archive::Archiver, ledger, recorder::Recorder},
     telemetry::{Metrics, StateLabel},
 };
 
@@ -101,8 +102,10 @@ impl App {
             ..relay::Limits::default()
         });
         let queue = Queue::new(queue_limits(&config.queue), clock.clone());
+        let blobs = Blobs::open(data_dir.join("transcripts")).await?;
         let parts = ledger::Parts {
             db: db.clone(),
+            blobs: blobs.clone(),
             clock: clock.clone(),
             entropy: entropy.clone(),
             relay: relay.clone(),
@@ -126,6 +129,9 @@ impl App {
         let loops = &supervisor;
         loops.spawn_loop("ledger", writer.run());
         loops.spawn_loop("timers", parts.timers.clone().run(ledger.clone(), clock.clone()));
+        let recorder = Recorder::new(relay.clone(), ledger.clone(), clock.clone(), metrics.clone());
+        loops.spawn_flushing_loop("recorder", recorder.run(loops.last_call()));
+        loops.spawn_loop("archive", Archiver::new(db.clone(), blobs, clock.clone()).run());
         loops.spawn_loop("housekeeping", tasks::housekeeping::run(db.clone(), clock.clone()));
         loops.spawn_loop("storage health", db::watch_health(db.clone(), clock.clone()));
         loops.spawn_loop("lease sweep", registry.clone().run_sweep());
