@@ -81,8 +81,8 @@ pub struct Clock(Kind);
 enum Kind {
     /// The machine's clocks.
     System { start: tokio::time::Instant },
-    /// Wall time follows tokio's clock from a fixed epoch: a simulation's time.
-    Simulated { start: tokio::time::Instant },
+    /// Wall time follows tokio's clock from a fixed time: a simulation's time.
+    Simulated { start: tokio::time::Instant, wall: Micros },
     /// Stands still until moved.
     Manual(Arc<Manual>),
 }
@@ -102,9 +102,14 @@ impl Clock {
         Self(Kind::System { start: tokio::time::Instant::now() })
     }
 
-    /// Follows tokio's (possibly paused) clock from [`EPOCH`].
-    pub fn simulated() -> Self {
-        Self(Kind::Simulated { start: tokio::time::Instant::now() })
+    /// Follows tokio's (possibly paused) clock, `elapsed` after [`EPOCH`].
+    pub fn simulated(elapsed: Duration) -> Self {
+        Self(Kind::Simulated { start: tokio::time::Instant::now(), wall: EPOCH + elapsed })
+    }
+
+    /// Whether this is a simulation's time, in which nothing may wait for real time.
+    pub fn is_simulated(&self) -> bool {
+        matches!(self.0, Kind::Simulated { .. })
     }
 
     /// Stands still at [`EPOCH`] until moved.
@@ -121,7 +126,7 @@ impl Clock {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 Micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
             }
-            Kind::Simulated { start } => EPOCH + start.elapsed(),
+            Kind::Simulated { start, wall } => *wall + start.elapsed(),
             Kind::Manual(manual) => *manual.wall.lock(),
         }
     }
@@ -129,7 +134,7 @@ impl Clock {
     /// Now, by the monotonic clock.
     pub fn mono(&self) -> Mono {
         match &self.0 {
-            Kind::System { start } | Kind::Simulated { start } => Mono(start.elapsed()),
+            Kind::System { start } | Kind::Simulated { start, .. } => Mono(start.elapsed()),
             Kind::Manual(manual) => *manual.mono.borrow(),
         }
     }
@@ -139,7 +144,7 @@ impl Clock {
         let clock = self.clone();
         async move {
             match clock.0 {
-                Kind::System { start } | Kind::Simulated { start } => {
+                Kind::System { start } | Kind::Simulated { start, .. } => {
                     tokio::time::sleep_until(start + deadline.0).await;
                 }
                 Kind::Manual(manual) => {
