@@ -1,0 +1,109 @@
+//! Dispatch: matches become attempts.
+//!
+//! The loop takes matches out of the queue, has the ledger start the attempts, and hands them to
+//! the runners' sessions. Starts of one round are committed while the next round is decided:
+//! their entries and credits are out of the queue meanwhile.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::Semaphore;
+
+use crate::{
+    clock::Clock,
+    error::Reason,
+    queue::{Match, Queue},
+    runners::Registry,
+    supervisor::Supervisor,
+    tasks::ledger::{Ledger, Start},
+};
+
+/// Matches decided at once.
+const ROUND: usize = 256;
+/// Rounds being committed at once: one in the ledger, one waiting for it, one spare.
+const ROUNDS: usize = 3;
+/// Longest pause without a look: delayed tasks start within this time, also when the wall
+/// clock jumps.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// What the loop works with.
+#[derive(Clone)]
+pub struct Dispatcher {
+    /// Waiting tasks and the runners' credits.
+    pub queue: Queue,
+    /// Starts attempts.
+    pub ledger: Ledger,
+    /// Sends them out.
+    pub registry: Registry,
+    /// Time.
+    pub clock: Clock,
+    /// Spawns rounds.
+    pub supervisor: Supervisor,
+}
+
+impl Dispatcher {
+    /// Dispatches until the server drains.
+    pub async fn run(self) -> anyhow::Result<()> {
+        let rounds = Arc::new(Semaphore::new(ROUNDS));
+        loop {
+            let permit = rounds.clone().acquire_owned().await?;
+            let matches = self.queue.take_matches(self.clock.now(), ROUND);
+            if matches.is_empty() {
+                drop(permit);
+                tokio::select! {
+                    () = self.queue.changed() => {}
+                    () = self.clock.sleep(LOOK) => {}
+                }
+                continue;
+            }
+            let dispatcher = self.clone();
+            self.supervisor.spawn("dispatch round", async move {
+                dispatcher.start(matches).await;
+                drop(permit);
+            });
+        }
+    }
+
+    /// Decides and starts one round; returns how many matches there were.
+    pub async fn run_once(&self) -> usize {
+        let matches = self.queue.take_matches(self.clock.now(), ROUND);
+        let n_matches = matches.len();
+        self.start(matches).await;
+        n_matches
+    }
+
+    async fn start(&self, matches: Vec<Match>) {
+        let mut starts = Vec::with_capacity(matches.len());
+        let mut started = Vec::with_capacity(matches.len());
+        for Match { entry, runner } in matches {
+            let Some(supply) = self.registry.supply(runner) else {
+                // It left since the match was made.
+                self.queue.give_back(runner);
+                self.queue.push(entry);
+                continue;
+            };
+            starts.push(Start {
+                task: entry.id,
+                runner: supply.runner,
+                node: supply.node,
+                engine: supply.engine,
+                engine_version: supply.engine_version,
+            });
+            started.push((entry, runner));
+        }
+        let answers = self.ledger.start(starts).await;
+        for ((entry, runner), answer) in started.into_iter().zip(answers) {
+            match answer {
+                Ok(task) => self.registry.assign(runner, task),
+                Err(error) => {
+                    self.queue.give_back(runner);
+                    // What ended or runs has no business here; what storage refused has.
+                    if error.reason() == Reason::StorageUnavailable {
+                        self.queue.push(entry);
+                    } else {
+                        tracing::debug!(task.id = %entry.id, %error, "not started");
+                    }
+                }
+            }
+        }
+    }
+}
