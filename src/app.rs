@@ -18,6 +18,7 @@ use crate::{
     clock::Clock,
     config::{self, Config},
     db::{self, Db},
+    dispatch::Dispatcher,
     error::Error,
     events::Tail,
     grpc::{
@@ -137,6 +138,14 @@ impl App {
         loops.spawn_loop("lease sweep", registry.clone().run_sweep());
         loops.spawn_loop("revocations", registry.clone().run_revocations());
         loops.spawn_loop("keys", keyring.clone().run());
+        let dispatcher = Dispatcher {
+            queue: queue.clone(),
+            ledger: ledger.clone(),
+            registry: registry.clone(),
+            clock: clock.clone(),
+            supervisor: supervisor.clone(),
+        };
+        loops.spawn_loop("dispatch", dispatcher.run());
         let fan_out = relay.clone();
         loops.spawn_loop("fan-out", async move {
             fan_out.fan_out().await;

@@ -21,4 +21,6 @@ pub mod tasks;
 pub mod grpc;
 pub mod runners;
 
+pub mod dispatch;
+
 pub mod app;

@@ -131,10 +131,7 @@ impl Core {
                         .models
                         .iter()
                         .any(|m| m.matches(&entry.model, entry.version.as_deref()))
-                    && entry
-                        .required_labels
-                        .iter()
-                        .all(|(k, v)| r.supply.labels.get(k) == Some(v))
+                    && entry.required_labels.iter().all(|(k, v)| r.supply.labels.get(k) == Some(v))
             };
             let Some((key, runner)) = self.runners.iter_mut().find(|(_, r)| fits(r)) else {
                 continue;
