@@ -233,7 +233,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn flushing_loops_end_after_connections_and_before_other_loops() {
         let supervisor = Supervisor::new();
-        let (order, clock) = (Arc::new(Mutex::new(Vec::new())), Clock::simulated());
+        let (order, clock) = (Arc::new(Mutex::new(Vec::new())), Clock::simulated(Duration::ZERO));
         let (token, log) = (supervisor.token(), order.clone());
         supervisor.spawn("connection", async move {
             token.cancelled().await;
@@ -264,7 +264,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_that_ignores_the_token_is_dropped_after_the_grace() {
-        let (supervisor, clock) = (Supervisor::new(), Clock::simulated());
+        let (supervisor, clock) = (Supervisor::new(), Clock::simulated(Duration::ZERO));
         supervisor.spawn("stubborn", std::future::pending());
         supervisor.shutdown(Duration::from_secs(5), &clock).await;
         assert_eq!(clock.mono().0.as_secs(), 5);
