@@ -15,6 +15,7 @@ const FILES: [&str; 6] = [
     "baton/v1/tasks.proto",
 ];
 
+#[expect(clippy::disallowed_methods, reason = "a build script is told its directory so")]
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
     println!("cargo::rerun-if-changed=migrations");
