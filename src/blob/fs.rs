@@ -61,10 +61,10 @@ impl Blobs {
         blocking(move || {
             let mut bytes = Vec::new();
             inner.file(digest)?.read_to_end(&mut bytes)?;
-            match Sha256::digest(&bytes)[..] == digest.0 {
-                true => Ok(bytes.into()),
-                false => Err(Error::Damaged(digest)),
+            if Sha256::digest(&bytes)[..] != digest.0 {
+                return Err(Error::Damaged(digest));
             }
+            Ok(bytes.into())
         })
         .await
     }

@@ -266,12 +266,11 @@ impl Kept {
         if through <= self.durable {
             return 0;
         }
-        let recorded = match through == self.head {
-            true => self.unrecorded,
-            false => {
-                let entries = self.after(self.durable);
-                entries.take_while(|(sequence, _)| *sequence <= through).map(cost).sum()
-            }
+        let recorded = if through == self.head {
+            self.unrecorded
+        } else {
+            let entries = self.after(self.durable);
+            entries.take_while(|(sequence, _)| *sequence <= through).map(cost).sum()
         };
         self.unrecorded -= recorded;
         self.durable = through;

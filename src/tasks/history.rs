@@ -146,14 +146,14 @@ impl History {
                 // a segment to the transcript, so it is looked for in this order.
                 let entries = transcripts::entries(tx, task, after, ENTRIES).await?;
                 let (segments, more) = transcripts::segments(tx, task, after, BYTES).await?;
-                let transcript = match segments.is_empty() {
-                    true => transcripts::transcript(tx, task).await?,
-                    false => None,
-                };
-                let last = match entries.is_empty() {
-                    true => Some(transcripts::last_entry(tx, task).await?),
-                    false => None,
-                };
+                let mut transcript = None;
+                if segments.is_empty() {
+                    transcript = transcripts::transcript(tx, task).await?;
+                }
+                let mut last = None;
+                if entries.is_empty() {
+                    last = Some(transcripts::last_entry(tx, task).await?);
+                }
                 Ok((entries, segments, more, transcript, last))
             })
         });
