@@ -1,25 +1,11 @@
 //! What happens to every request before and after its handler, in this order: correlation
 //! id, protocol checks, load, credential, deadline, handler, status.
 
-use std::{
-    collections::HashMap,
-    convert::Infallible,
-    future::Future,
-    net::SocketAddr,
-    panic::{AssertUnwindSafe, catch_unwind},
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{collections::HashMap, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::Router;
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version, header};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, server::NamedService, transport::server::TcpConnectInfo};
 use tower::{Service, ServiceExt as _};
@@ -27,10 +13,10 @@ use tracing::Instrument as _;
 
 use super::{
     auth,
-    body::{
-        Arriving, Ending, Guarded, Permit, Record, deadline_passed, normalise, read_code, stopping,
-    },
+    body::{Arriving, Ending, Guarded, Permit, Record, normalise, read_code, stopping},
     methods::{METHODS, Method},
+    protocol::{Ids, check_binary_metadata, is_grpc, not_grpc, timeout},
+    work::{Caught, Failed, Reply, Work, answer},
 };
 use crate::{
     config,
@@ -55,8 +41,6 @@ pub struct CorrelationId(pub Arc<str>);
 trait Handler: Send + Sync {
     fn call(&self, request: Request<Body>) -> Reply;
 }
-
-type Reply = BoxFuture<'static, Result<Response<Body>, Infallible>>;
 
 impl<S> Handler for S
 where
@@ -149,7 +133,7 @@ impl Edge {
                 Some((*path, (*method, services.0.get(method.service)?.clone())))
             })
             .collect();
-        let ids = Ids { prefix: entropy.u64(), next: AtomicU64::new(entropy.u64() >> 32) };
+        let ids = Ids::new(&entropy);
         let streams_end = CancellationToken::new();
         Self(Arc::new(Inner {
             methods,
@@ -240,7 +224,7 @@ impl Edge {
         }
         let request = request.map(|body| axum::body::Body::new(Arriving::new(body, BODY_TIMEOUT)));
         let router = self.0.http.clone();
-        let response = match AssertUnwindSafeFuture(router.oneshot(request)).await {
+        let response = match Caught(router.oneshot(request)).await {
             Ok(Ok(response)) => response,
             Err(panic) => {
                 self.0.supervisor.panicked("http", panic.as_ref());
@@ -386,197 +370,8 @@ impl Inner {
     }
 }
 
-enum Failed {
-    Error(Error),
-    Panic(Box<dyn std::any::Any + Send>),
-}
-
-/// Waits for the response's head, no longer than the call may last.
-async fn answer(
-    mut work: Work,
-    deadline: Option<tokio::time::Instant>,
-    streaming: bool,
-    streams_end: &CancellationToken,
-) -> Result<(Response<Body>, Option<Permit>), Failed> {
-    let late = async {
-        match deadline {
-            Some(at) => tokio::time::sleep_until(at).await,
-            None => std::future::pending().await,
-        }
-    };
-    let stop = async {
-        match streaming {
-            true => streams_end.cancelled().await,
-            false => std::future::pending().await,
-        }
-    };
-    let answered = tokio::select! {
-        biased;
-        answered = &mut work => answered,
-        () = late => return Err(Failed::Error(deadline_passed())),
-        () = stop => return Err(Failed::Error(stopping())),
-    };
-    let permit = work.permit.take();
-    answered.map(|response| (response, permit)).map_err(Failed::Panic)
-}
-
-/// A handler at work. A unary one runs to its end even when nobody waits for it any more:
-/// half of a write is never left undone because a client hung up.
-struct Work {
-    future: Option<Reply>,
-    permit: Option<Permit>,
-    keep: Option<(Supervisor, tracing::Span)>,
-}
-
-impl Future for Work {
-    type Output = Result<Response<Body>, Box<dyn std::any::Any + Send>>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(future) = &mut self.future else { return Poll::Pending };
-        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
-        let output = match polled {
-            Ok(Poll::Pending) => return Poll::Pending,
-            Ok(Poll::Ready(Ok(response))) => Ok(response),
-            Err(panic) => Err(panic),
-        };
-        self.future = None;
-        Poll::Ready(output)
-    }
-}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        let (Some(future), Some((supervisor, span))) = (self.future.take(), self.keep.take())
-        else {
-            return;
-        };
-        // Outside a runtime the process is ending, and nothing can be waited for.
-        if tokio::runtime::Handle::try_current().is_err() {
-            return;
-        }
-        let permit = self.permit.take();
-        let rest = async move {
-            let _permit = permit;
-            // The client is gone; what the call did is in the database.
-            let _ = future.await;
-        };
-        supervisor.spawn("abandoned call", rest.instrument(span));
-    }
-}
-
-/// Polls a future so that its panic is its output.
-struct AssertUnwindSafeFuture<F>(F);
-
-impl<F: Future + Unpin> Future for AssertUnwindSafeFuture<F> {
-    type Output = Result<F::Output, Box<dyn std::any::Any + Send>>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match catch_unwind(AssertUnwindSafe(|| Pin::new(&mut self.0).poll(cx))) {
-            Ok(polled) => polled.map(Ok),
-            Err(panic) => Poll::Ready(Err(panic)),
-        }
-    }
-}
-
 fn refuse(mut record: Record, error: Error) -> Response<Guarded> {
     let status = Status::from(error);
     record.code = Some(status.code());
     status.into_http::<Body>().map(Guarded::plain)
-}
-
-/// The answer to something that looks for a method but does not speak gRPC.
-fn not_grpc<B>(request: &Request<B>) -> Option<Response<Guarded>> {
-    let (status, text) = if request.version() != Version::HTTP_2 {
-        (StatusCode::HTTP_VERSION_NOT_SUPPORTED, "gRPC needs HTTP/2\n")
-    } else if request.method() != http::Method::POST {
-        (StatusCode::METHOD_NOT_ALLOWED, "gRPC calls are POST requests\n")
-    } else if !is_grpc(request.headers()) {
-        (StatusCode::UNSUPPORTED_MEDIA_TYPE, "the content type must be application/grpc\n")
-    } else {
-        return None;
-    };
-    let mut response = Response::new(Guarded::plain(Body::new(axum::body::Body::from(text))));
-    *response.status_mut() = status;
-    Some(response)
-}
-
-fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
-        value
-            .as_bytes()
-            .strip_prefix(b"application/grpc")
-            .is_some_and(|rest| matches!(rest.first(), None | Some(b';')) || rest == b"+proto")
-    })
-}
-
-/// Refuses `-bin` metadata that is not base64.
-fn check_binary_metadata(headers: &HeaderMap) -> Result<(), Error> {
-    use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
-    for (name, value) in headers {
-        if !name.as_str().ends_with("-bin") {
-            continue;
-        }
-        // Several values may be joined by commas.
-        let joined = value.as_bytes().split(|byte| *byte == b',');
-        for part in joined {
-            let part = part.trim_ascii();
-            let unpadded = part.strip_suffix(b"==").or(part.strip_suffix(b"=")).unwrap_or(part);
-            if STANDARD_NO_PAD.decode(unpadded).is_err() {
-                return Err(Error::invalid(
-                    name.as_str(),
-                    "is not base64, as `-bin` metadata must be",
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The client's deadline, as time from now.
-fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
-    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
-    let parsed = value.to_str().ok().and_then(|text| {
-        let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-        if !(1..=8).contains(&digits.len()) || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-            return None;
-        }
-        let n: u64 = digits.parse().ok()?;
-        Some(match unit {
-            "H" => Duration::from_secs(n * 3_600),
-            "M" => Duration::from_secs(n * 60),
-            "S" => Duration::from_secs(n),
-            "m" => Duration::from_millis(n),
-            "u" => Duration::from_micros(n),
-            "n" => Duration::from_nanos(n),
-            _ => return None,
-        })
-    });
-    match parsed {
-        Some(timeout) => Ok(Some(timeout)),
-        None => Err(Error::invalid(
-            "grpc-timeout",
-            "must be 1 to 8 digits and one of the units H, M, S, m, u, n",
-        )),
-    }
-}
-
-/// Makes correlation ids that no two processes share.
-struct Ids {
-    prefix: u64,
-    next: AtomicU64,
-}
-
-impl Ids {
-    /// The client's id if it is harmless, else a new one.
-    fn of(&self, headers: &HeaderMap) -> Arc<str> {
-        let theirs = headers.get(&CORRELATION).and_then(|value| value.to_str().ok());
-        let harmless = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:/".contains(&byte);
-        match theirs {
-            Some(id) if (1..=128).contains(&id.len()) && id.bytes().all(harmless) => id.into(),
-            _ => {
-                let n = self.next.fetch_add(1, Ordering::Relaxed);
-                format!("{:016x}{n:08x}", self.prefix).into()
-            }
-        }
-    }
 }

@@ -5,7 +5,11 @@ mod body;
 pub mod health;
 pub mod layers;
 pub mod methods;
+mod protocol;
 pub mod serve;
 pub mod status;
+#[cfg(test)]
+mod tests;
+mod work;
 
 pub use body::{Guarded, code_name};
