@@ -1,7 +1,10 @@
 //! Whether the server serves: `grpc.health.v1` per service, `/livez` and `/readyz`, and what
 //! describes the API: reflection and `/metrics`.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use axum::{
     Router,
@@ -24,6 +27,7 @@ pub struct Health {
     reporter: HealthReporter,
     names: Arc<[&'static str]>,
     serving: watch::Sender<bool>,
+    closed: Arc<AtomicBool>,
 }
 
 impl Health {
@@ -33,13 +37,21 @@ impl Health {
             reporter: HealthReporter::new(),
             names: services.names().into(),
             serving: watch::Sender::new(false),
+            closed: Arc::default(),
         };
         health.set(false).await;
         health
     }
 
+    /// Says for good that no service serves: the server is on its way out.
+    pub async fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.set(false).await;
+    }
+
     /// Says that all services serve, or that none does.
     pub async fn set(&self, serving: bool) {
+        let serving = serving && !self.closed.load(Ordering::SeqCst);
         let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
         self.reporter.set_service_status("", status).await;
         for name in self.names.iter() {

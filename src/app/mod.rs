@@ -1,14 +1,11 @@
 //! The composition root: the only file that picks concrete parts, starts the loops, serves
 //! and drains.
 
-use std::{
-    fs::File,
-    net::SocketAddr,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+mod place;
+#[cfg(test)]
+mod tests;
+
+use std::{fs::File, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use tokio_util::sync::CancellationToken;
@@ -68,7 +65,7 @@ impl App {
     /// Starts a server on the configured address; port 0 picks a free one.
     pub async fn start(config: Config, clock: Clock, entropy: Entropy) -> anyhow::Result<Self> {
         let wanted = config.server.addr;
-        let listener = bind(wanted)?;
+        let listener = place::bind(wanted)?;
         let addr = listener.local_addr()?;
         Self::start_on(listener, addr, config, clock, entropy).await
     }
@@ -82,9 +79,9 @@ impl App {
         entropy: Entropy,
     ) -> anyhow::Result<Self> {
         config.validate()?;
-        raise_descriptor_limit();
+        place::raise_descriptor_limit();
         let data_dir = &config.storage.data_dir;
-        let lock = lock_data_dir(data_dir)?;
+        let lock = place::lock_data_dir(data_dir)?;
         let path = data_dir.join("baton.db");
         let db =
             Db::open(&path).await.with_context(|| format!("cannot open {}", path.display()))?;
@@ -95,7 +92,8 @@ impl App {
 
         let open = !config.auth.required;
         let keyring = Keyring::open(db.clone(), clock.clone(), entropy.clone(), open).await?;
-        let first_key = if open { None } else { write_first_key(&keyring, data_dir).await? };
+        let first_key =
+            if open { None } else { place::write_first_key(&keyring, data_dir).await? };
 
         let relay = Relay::new(relay::Limits {
             log_bytes: usize::try_from(config.relay.per_task)?,
@@ -145,7 +143,15 @@ impl App {
             clock: clock.clone(),
             supervisor: supervisor.clone(),
         };
-        loops.spawn_loop("dispatch", dispatcher.run());
+        let draining = loops.token();
+        loops.spawn_loop("dispatch", async move {
+            tokio::select! {
+                biased;
+                // Nothing new is assigned by a server that is on its way out.
+                () = draining.cancelled() => Ok(()),
+                ended = dispatcher.run() => ended,
+            }
+        });
         let fan_out = relay.clone();
         loops.spawn_loop("fan-out", async move {
             fan_out.fan_out().await;
@@ -205,7 +211,7 @@ impl App {
     /// Drains and ends within the grace: not serving first, then no new connection, GOAWAY,
     /// streams, loops, and the database last. An error names the loops that had failed.
     pub async fn shutdown(self) -> anyhow::Result<()> {
-        self.health.set(false).await;
+        self.health.close().await;
         self.supervisor.shutdown(self.grace, &self.clock).await;
         self.threads_end.cancel();
         self.db.close().await;
@@ -339,73 +345,5 @@ fn gauges(
         metrics.running.set(count(leases));
         metrics.queued.set(count(queue.len()));
         metrics.storage_healthy.set(i64::from(*db.healthy().borrow()));
-    }
-}
-
-/// Opens the port, with a backlog for herds of runners that return at once.
-fn bind(addr: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
-    let socket = match addr {
-        SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
-    };
-    socket.set_reuseaddr(true)?;
-    let bound = socket.bind(addr).and_then(|()| socket.listen(4_096));
-    bound.map_err(|error| match error.kind() {
-        std::io::ErrorKind::AddrInUse => {
-            anyhow::anyhow!("the address {addr} is in use; stop the other program or choose another address with --addr")
-        }
-        _ => anyhow::Error::new(error).context(format!("cannot listen on {addr}")),
-    })
-}
-
-/// Makes the data directory for its owner alone, and takes it for this process.
-fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .with_context(|| format!("cannot make the data directory {}", dir.display()))?;
-    let path = dir.join("baton.lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .with_context(|| format!("cannot write to the data directory {}", dir.display()))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => bail!(
-            "the data directory {} is in use by another server; stop it or choose another directory with --data-dir",
-            dir.display()
-        ),
-        Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
-    }
-}
-
-/// Makes the first admin key and leaves it where only the owner of the data reads it.
-async fn write_first_key(keyring: &Keyring, dir: &Path) -> anyhow::Result<Option<PathBuf>> {
-    use std::io::Write as _;
-    let Some(key) = keyring.bootstrap().await? else { return Ok(None) };
-    let path = dir.join("admin.key");
-    let mut file = File::options()
-        .create(true)
-        .truncate(true)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    writeln!(file, "{key}")?;
-    tracing::info!(path = %path.display(), "the first admin key was written");
-    Ok(Some(path))
-}
-
-/// Connections need descriptors: takes as many as the system lets this user have.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }

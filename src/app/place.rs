@@ -1,0 +1,83 @@
+//! Where a server lives: its port, its directory, its descriptors.
+
+use std::{
+    fs::File,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+
+use crate::keys::Keyring;
+
+/// Opens the port, with a backlog for herds of runners that return at once.
+pub(super) fn bind(addr: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
+    let socket = match addr {
+        SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    let bound = socket.bind(addr).and_then(|()| socket.listen(4_096));
+    bound.map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            anyhow::anyhow!("the address {addr} is in use; stop the other program or choose another address with --addr")
+        }
+        _ => anyhow::Error::new(error).context(format!("cannot listen on {addr}")),
+    })
+}
+
+/// Makes the data directory for its owner alone, and takes it for this process.
+pub(super) fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("cannot make the data directory {}", dir.display()))?;
+    let path = dir.join("baton.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot write to the data directory {}", dir.display()))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => bail!(
+            "the data directory {} is in use by another server; stop it or choose another directory with --data-dir",
+            dir.display()
+        ),
+        Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// Makes the first admin key and leaves it where only the owner of the data reads it.
+pub(super) async fn write_first_key(
+    keyring: &Keyring,
+    dir: &Path,
+) -> anyhow::Result<Option<PathBuf>> {
+    use std::io::Write as _;
+    let Some(key) = keyring.bootstrap().await? else { return Ok(None) };
+    let path = dir.join("admin.key");
+    let mut file = File::options()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    writeln!(file, "{key}")?;
+    tracing::info!(path = %path.display(), "the first admin key was written");
+    Ok(Some(path))
+}
+
+/// Connections need descriptors: takes as many as the system lets this user have.
+pub(super) fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
