@@ -15,6 +15,7 @@ pub mod supervisor;
 pub mod telemetry;
 
 pub mod agent;
+pub mod bench;
 pub mod keys;
 pub mod tasks;
 

@@ -1,0 +1,119 @@
+//! Unary calls in closed loops: an echo, or a control call of Baton.
+
+use std::{cell::RefCell, rc::Rc};
+
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    client,
+    figures::{Latency, histogram},
+    process::{cpu_us, now_ns},
+    relay::Server,
+    wire::{self, Connection},
+    yardstick,
+};
+use crate::pb::GetTaskRequest;
+
+/// What to call, and how often at once.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Spec {
+    /// The server.
+    pub server: Server,
+    /// Which call.
+    pub call: Call,
+    /// Calls at once.
+    pub callers: usize,
+    /// Connections that they share.
+    pub connections: usize,
+    /// Length of the measured span.
+    pub seconds: f64,
+}
+
+/// A unary call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Call {
+    /// 32 bytes there and back, at a yardstick.
+    Echo,
+    /// A task that waits.
+    GetTask,
+    /// The health of the server.
+    Health,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Calls a second.
+    pub rate: f64,
+    /// Processor time of the server per call, in microseconds.
+    pub server_us: f64,
+    /// Round trips.
+    pub latency: Latency,
+}
+
+/// Runs the load.
+pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
+    let mut connections = Vec::new();
+    for _ in 0..spec.connections {
+        connections.push(spec.server.connect().await?);
+    }
+    let (path, request) = request(&spec, &connections[0]).await?;
+    let latency = Rc::new(RefCell::new(histogram()));
+    drive(&spec, &connections, path, &request, 0.5, &latency).await?;
+    latency.borrow_mut().reset();
+    let (at, cpu) = (now_ns(), cpu_us(spec.server.pid));
+    drive(&spec, &connections, path, &request, spec.seconds, &latency).await?;
+    let seconds = (now_ns() - at) as f64 / 1e9;
+    let latency = Latency::from(&*latency.borrow());
+    let calls = latency.count.max(1) as f64;
+    let server_us = (cpu_us(spec.server.pid) - cpu) as f64 / calls;
+    Ok(Outcome { rate: calls / seconds, server_us, latency })
+}
+
+async fn request(spec: &Spec, connection: &Connection) -> anyhow::Result<(&'static str, Bytes)> {
+    Ok(match spec.call {
+        Call::Echo => {
+            let data = Bytes::from_static(&[7; 32]);
+            (yardstick::path::ECHO, wire::framed(&yardstick::Payload { data }))
+        }
+        Call::GetTask => {
+            let ids = client::submit_many(connection, "bench/unary", 1).await?;
+            let task_id = ids.into_iter().next().unwrap_or_default();
+            (client::GET, wire::framed(&GetTaskRequest { task_id }))
+        }
+        Call::Health => ("/grpc.health.v1.Health/Check", Bytes::from_static(&[0; 5])),
+    })
+}
+
+async fn drive(
+    spec: &Spec,
+    connections: &[Connection],
+    path: &'static str,
+    request: &Bytes,
+    seconds: f64,
+    latency: &Rc<RefCell<hdrhistogram::Histogram<u64>>>,
+) -> anyhow::Result<()> {
+    let until = now_ns() + (seconds * 1e9) as u64;
+    let callers = (0..spec.callers).map(|at| {
+        let connection = connections[at % connections.len()].clone();
+        let (request, latency) = (request.clone(), Rc::clone(latency));
+        let calls = async move {
+            loop {
+                let sent = now_ns();
+                connection.unary_framed(path, request.clone()).await?;
+                let done = now_ns();
+                let _ = latency.borrow_mut().record(done - sent);
+                if done >= until {
+                    return anyhow::Ok(());
+                }
+            }
+        };
+        tokio::task::spawn_local(calls)
+    });
+    for ended in try_join_all(callers).await? {
+        ended?;
+    }
+    Ok(())
+}
