@@ -4,8 +4,18 @@
 //! repaired by the dispatch sweep; a lost, doubled or ghost entry is harmless, since a start is
 //! decided by the database. It calls nobody: those who act on it wait for [`Queue::changed`].
 
+mod admission;
 mod core;
+mod estimate;
+mod explain;
+mod lane;
 mod model;
+mod policy;
+mod sessions;
+mod slab;
+mod supply;
+#[cfg(test)]
+mod tests;
 
 use std::{sync::Arc, time::Duration};
 
@@ -133,7 +143,8 @@ impl Queue {
 
     /// Counts an attempt that started after `waited`.
     pub fn started(&self, namespace: &Namespace, model: &str, waited: Duration) {
-        self.0.core.lock().started(namespace, model, waited, self.0.clock.mono());
+        tracing::trace!(%namespace, model, waited_us = waited.as_micros(), "attempt started");
+        self.0.core.lock().started(namespace, model, self.0.clock.mono());
     }
 
     /// Counts an attempt found running at start: like [`started`](Queue::started), without
@@ -225,7 +236,11 @@ impl Queue {
     /// Decides: up to `max` tasks with their runners, best first. Takes the tasks out and the
     /// credits with them.
     pub fn take_matches(&self, now: Micros, max: usize) -> Vec<Match> {
-        self.0.core.lock().take_matches(now, max)
+        let matches = self.0.core.lock().take_matches(now, max);
+        if matches.len() == max {
+            self.0.changed.notify_one();
+        }
+        matches
     }
 
     /// Tells whoever holds the lease that the attempt must stop.

@@ -1,0 +1,84 @@
+//! Bounds: how much may wait, and who leaves when it is too much.
+
+use std::time::Duration;
+
+use super::{
+    core::Core,
+    model::{Entry, FullPolicy},
+};
+use crate::{
+    error::{Error, Kind, Reason, Result},
+    id::Namespace,
+};
+
+/// When a refused submit should be tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+impl Core {
+    /// Holds room for one task; returns the entry that had to leave for it.
+    pub(super) fn admit(
+        &mut self,
+        namespace: &Namespace,
+        model: &str,
+        priority: i32,
+    ) -> Result<Option<Entry>> {
+        let tenant = self.namespace(namespace);
+        let bucket = self.bucket(tenant, model);
+        let in_model = self.buckets[bucket].waiting + self.buckets[bucket].held;
+        let in_namespace = self.namespaces[tenant].waiting + self.namespaces[tenant].held;
+        let model_full = in_model >= self.limits.max_per_model;
+        let full = model_full || in_namespace >= self.limits.max_per_namespace;
+        let evicted = match self.limits.when_full {
+            _ if !full => None,
+            FullPolicy::DropOldest => {
+                let lowest = if model_full {
+                    self.lowest(std::iter::once(bucket))
+                } else {
+                    self.lowest(self.namespaces[tenant].buckets.values().copied())
+                };
+                lowest.filter(|(low, ..)| *low <= priority).and_then(|(.., id)| self.remove(id))
+            }
+            FullPolicy::Reject => None,
+        };
+        if full && evicted.is_none() {
+            let (label, limit, depth, what) = if model_full {
+                let what = format!("queue of `{model}`");
+                ("queue.per_model", self.limits.max_per_model, in_model, what)
+            } else {
+                let what = format!("namespace `{namespace}`");
+                ("queue.per_namespace", self.limits.max_per_namespace, in_namespace, what)
+            };
+            let message = format!("the {what} is full: {depth} tasks wait, {limit} may");
+            return Err(Error::new(Kind::ResourceExhausted, Reason::QueueFull, message)
+                .with("policy_label", label)
+                .with("limit", limit)
+                .with("depth", depth)
+                .retry_after(RETRY_AFTER));
+        }
+        self.buckets[bucket].held += 1;
+        self.namespaces[tenant].held += 1;
+        Ok(evicted)
+    }
+
+    /// Gives up the room that was held.
+    pub(super) fn release(&mut self, namespace: &Namespace, model: &str) {
+        // A bucket with held room is never dropped.
+        if let Some(bucket) = self.find_bucket(namespace, model) {
+            let bucket = &mut self.buckets[bucket];
+            bucket.held = bucket.held.saturating_sub(1);
+            let tenant = &mut self.namespaces[bucket.namespace];
+            tenant.held = tenant.held.saturating_sub(1);
+        }
+    }
+
+    /// The oldest of the lowest priority that may start, in some buckets.
+    fn lowest(
+        &self,
+        buckets: impl Iterator<Item = u32>,
+    ) -> Option<(i32, crate::clock::Micros, crate::id::TaskId)> {
+        buckets
+            .flat_map(|bucket| &self.buckets[bucket].lanes)
+            .filter_map(|lane| self.lanes[*lane].lowest())
+            .min()
+    }
+}
