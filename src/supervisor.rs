@@ -230,6 +230,13 @@ mod tests {
         assert_eq!(supervisor.failures(), ["bad panicked: boom"]);
     }
 
+    struct Last(Arc<Mutex<Vec<&'static str>>>);
+    impl Drop for Last {
+        fn drop(&mut self) {
+            self.0.lock().push("writer");
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn flushing_loops_end_after_connections_and_before_other_loops() {
         let supervisor = Supervisor::new();
@@ -245,12 +252,6 @@ mod tests {
             log.lock().push("recorder");
             Ok(())
         });
-        struct Last(Arc<Mutex<Vec<&'static str>>>);
-        impl Drop for Last {
-            fn drop(&mut self) {
-                self.0.lock().push("writer");
-            }
-        }
         let last = Last(order.clone());
         supervisor.spawn_loop("writer", async move {
             let _last = last;

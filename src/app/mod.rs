@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// Attempt tokens outlive the execution timeout by this much, for a last report.
-const TOKEN_MARGIN: Duration = Duration::from_secs(300);
+const TOKEN_MARGIN: Duration = Duration::from_mins(5);
 
 /// A server that runs.
 pub struct App {
@@ -160,7 +160,7 @@ impl App {
 
         let services = services(&config, &parts, &ledger, &registry, &keyring, &supervisor);
         let health = Health::new(&services).await;
-        let services = services.add(health.server());
+        let services = services.with(health.server());
         let services =
             if config.server.reflection { health::with_reflection(services)? } else { services };
         let gauges = gauges(metrics.clone(), relay, registry.clone(), queue, db.clone());
@@ -237,9 +237,9 @@ fn services(
     let runners = runners::service::Service(registry.clone());
     let keys = keys::Service::new(keyring.clone());
     Services::new()
-        .add(TaskServiceServer::new(tasks).max_decoding_message_size(limit))
-        .add(RunnerServiceServer::new(runners).max_decoding_message_size(limit))
-        .add(KeyServiceServer::new(keys).max_decoding_message_size(limit))
+        .with(TaskServiceServer::new(tasks).max_decoding_message_size(limit))
+        .with(RunnerServiceServer::new(runners).max_decoding_message_size(limit))
+        .with(KeyServiceServer::new(keys).max_decoding_message_size(limit))
 }
 
 /// Serving is what storage and recovery allow: after an outage, what was missed in memory is

@@ -149,7 +149,7 @@ pub fn load(sources: &Sources) -> Result<Loaded, ConfigError> {
         let mut found = Vec::new();
         flatten("", &table, &mut |key, value| found.push((key, value.clone())));
         for (key, value) in found {
-            set(&mut values, &key, value, Origin::File(path.clone()))?;
+            set(&mut values, &key, value, &Origin::File(path.clone()))?;
         }
     }
     let names: Vec<String> = values.keys().cloned().collect();
@@ -157,12 +157,12 @@ pub fn load(sources: &Sources) -> Result<Loaded, ConfigError> {
         let name = env_name(key);
         if let Some(text) = sources.env.get(&name) {
             let value = typed(&values[key].0, text);
-            set(&mut values, key, value, Origin::Env(name))?;
+            set(&mut values, key, value, &Origin::Env(name))?;
         }
     }
     for (key, text, flag) in &sources.flags {
         let value = values.get(*key).map(|(old, _)| typed(old, text));
-        set(&mut values, key, value.unwrap_or(Value::String(text.clone())), Origin::Flag(flag))?;
+        set(&mut values, key, value.unwrap_or(Value::String(text.clone())), &Origin::Flag(flag))?;
     }
     let config = build(&values)?;
     config.validate().map_err(|error| match error {
@@ -200,7 +200,7 @@ fn flatten(prefix: &str, table: &Table, visit: &mut impl FnMut(String, &Value)) 
 }
 
 /// Sets a known key, and checks that the tree still reads, so that the error names this key.
-fn set(values: &mut Values, key: &str, value: Value, origin: Origin) -> Result<(), ConfigError> {
+fn set(values: &mut Values, key: &str, value: Value, origin: &Origin) -> Result<(), ConfigError> {
     let refuse = |problem: String, origin: &Origin| ConfigError::Refused {
         key: key.into(),
         origin: Some(origin.clone()),
@@ -209,12 +209,12 @@ fn set(values: &mut Values, key: &str, value: Value, origin: Origin) -> Result<(
     let Some(slot) = values.get_mut(key) else {
         let near = nearest(key, values.keys());
         let hint = near.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default();
-        return Err(refuse(format!("is not known{hint}"), &origin));
+        return Err(refuse(format!("is not known{hint}"), origin));
     };
     *slot = (value, origin.clone());
     match build(values) {
         Ok(_) => Ok(()),
-        Err(ConfigError::Refused { problem, .. }) => Err(refuse(problem, &origin)),
+        Err(ConfigError::Refused { problem, .. }) => Err(refuse(problem, origin)),
         Err(other) => Err(other),
     }
 }

@@ -226,7 +226,7 @@ impl Default for Runners {
             lease_ttl: Duration::from_secs(15),
             heartbeat_interval: Duration::from_secs(3),
             session_grace: Duration::from_secs(30),
-            max_stream_age: Duration::from_secs(1_800),
+            max_stream_age: Duration::from_mins(30),
             cancel_grace: Duration::from_secs(5),
         }
     }
@@ -373,9 +373,8 @@ impl Config {
             return refuse("relay.total", "must be at least relay.per_task".into());
         }
         let endpoint = &self.telemetry.otlp_endpoint;
-        if !endpoint.is_empty()
-            && !(endpoint.starts_with("http://") || endpoint.starts_with("https://"))
-        {
+        let schemes = ["http://", "https://"];
+        if !endpoint.is_empty() && !schemes.iter().any(|scheme| endpoint.starts_with(scheme)) {
             return refuse(
                 "telemetry.otlp_endpoint",
                 format!("`{endpoint}` must begin with http:// or https://"),

@@ -11,7 +11,6 @@ use crate::{
 };
 
 /// The principal that the auth layer found for this call.
-#[expect(clippy::result_large_err, reason = "the error type of every tonic method")]
 pub fn principal<T>(request: &Request<T>) -> Result<Principal, Status> {
     request.extensions().get::<Principal>().cloned().ok_or_else(|| {
         Error::new(Kind::Unauthenticated, Reason::Unauthenticated, "no credential").into()

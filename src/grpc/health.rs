@@ -80,7 +80,7 @@ pub fn with_reflection(services: Services) -> Result<Services, Error> {
     };
     let v1 = builder().build_v1().map_err(Error::internal)?;
     let v1alpha = builder().build_v1alpha().map_err(Error::internal)?;
-    Ok(services.add(v1).add(v1alpha))
+    Ok(services.with(v1).with(v1alpha))
 }
 
 /// `/livez`, `/readyz` and `/metrics`; `on_scrape` brings gauges up to date.
@@ -90,9 +90,10 @@ pub fn router(
     on_scrape: impl Fn() + Clone + Send + Sync + 'static,
 ) -> Router {
     let ready = move || async move {
-        match health.is_serving() {
-            true => (StatusCode::OK, "ready\n"),
-            false => (StatusCode::SERVICE_UNAVAILABLE, "not serving\n"),
+        if health.is_serving() {
+            (StatusCode::OK, "ready\n")
+        } else {
+            (StatusCode::SERVICE_UNAVAILABLE, "not serving\n")
         }
     };
     let scrape = move || async move {

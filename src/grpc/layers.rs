@@ -67,7 +67,7 @@ impl Services {
 
     /// Adds a generated server.
     #[must_use]
-    pub fn add<S>(mut self, service: S) -> Self
+    pub fn with<S>(mut self, service: S) -> Self
     where
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future = Reply>
             + NamedService
@@ -81,6 +81,7 @@ impl Services {
     }
 
     /// Names of the services, for health.
+    #[must_use]
     pub fn names(&self) -> Vec<&'static str> {
         self.0.keys().copied().collect()
     }
@@ -188,6 +189,11 @@ impl Edge {
             method = name,
             correlation_id = &*id.0
         );
+        // Before the span is entered: its parent cannot be set afterwards.
+        let caller = telemetry::traceparent(request.headers());
+        if let Some(parent) = telemetry::adopt_parent(&span, caller) {
+            request.extensions_mut().insert(parent);
+        }
         let value = HeaderValue::from_str(&id.0);
         request.extensions_mut().insert(id);
         let grpc = found.is_some() || is_grpc(request.headers());
@@ -283,10 +289,6 @@ impl Edge {
         } else {
             Body::new(Arriving::new(body, BODY_TIMEOUT))
         };
-        if let Some(parent) = telemetry::adopt_parent(&span, telemetry::traceparent(&parts.headers))
-        {
-            parts.extensions.insert(parent);
-        }
         parts.extensions.insert(TcpConnectInfo { local_addr: None, remote_addr: Some(peer) });
         let expires_in = access.expire_time.map(|time| time.since(inner.keyring.clock().now()));
         let revoked = access.ended.clone();

@@ -87,15 +87,13 @@ fn access(service: &str, method: &str) -> Option<Access> {
             }
             _ => return None,
         },
-        ("baton.v1.QueueService", "ListQueues" | "GetQueue") => Access::Scope(TasksRead),
-        ("baton.v1.QueueService", "PauseQueue" | "ResumeQueue") => Access::Scope(Admin),
+        ("baton.v1.QueueService", "ListQueues" | "GetQueue")
+        | ("baton.v1.KeyService", "IssueToken") => Access::Scope(TasksRead),
+        ("baton.v1.QueueService", "PauseQueue" | "ResumeQueue")
+        | ("baton.v1.RunnerService", "ListRunners" | "GetRunner" | "DrainRunner")
+        | ("baton.v1.KeyService", "CreateKey" | "ListKeys" | "RevokeKey") => Access::Scope(Admin),
         ("baton.v1.RunnerService", "Connect" | "Output" | "Poll") => Access::Scope(Runner),
         ("baton.v1.RunnerService", "ReportTaskEvents") => Access::ScopeOrAttemptToken(Runner),
-        ("baton.v1.RunnerService", "ListRunners" | "GetRunner" | "DrainRunner") => {
-            Access::Scope(Admin)
-        }
-        ("baton.v1.KeyService", "CreateKey" | "ListKeys" | "RevokeKey") => Access::Scope(Admin),
-        ("baton.v1.KeyService", "IssueToken") => Access::Scope(TasksRead),
         ("grpc.health.v1.Health", _) => Access::Health,
         ("grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection", _) => {
             Access::Reflection

@@ -100,9 +100,7 @@ impl Service<Request<Body>> for Odd {
 fn stream(panics: bool) -> Response<Body> {
     let first = Ok::<_, Status>(Frame::data(Bytes::from_static(&[0; 5])));
     let rest = futures_util::stream::once(async move {
-        if panics {
-            panic!("in the middle");
-        }
+        assert!(!panics, "in the middle");
         std::future::pending().await
     });
     let body = StreamBody::new(futures_util::stream::iter([first]).chain(rest));
@@ -136,10 +134,10 @@ impl Bench {
         let keys = crate::keys::Service::new(keyring.clone());
         let keys = KeyServiceServer::new(keys)
             .max_decoding_message_size(usize::try_from(config.limits.message).unwrap());
-        let services = Services::new().add(odd.clone()).add(keys);
+        let services = Services::new().with(odd.clone()).with(keys);
         let health = Health::new(&services).await;
         health.set(true).await;
-        let services = health::with_reflection(services.add(health.server())).unwrap();
+        let services = health::with_reflection(services.with(health.server())).unwrap();
         let edge = Edge::new(Parts {
             services,
             http: health::router(health, metrics.clone(), || ()),

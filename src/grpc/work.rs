@@ -41,10 +41,7 @@ pub(super) async fn answer(
         }
     };
     let stop = async {
-        match streaming {
-            true => streams_end.cancelled().await,
-            false => std::future::pending().await,
-        }
+        if streaming { streams_end.cancelled().await } else { std::future::pending().await }
     };
     let answered = tokio::select! {
         biased;

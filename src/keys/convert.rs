@@ -26,7 +26,7 @@ pub fn key_to_pb(key: Key) -> pb::Key {
     }
 }
 
-/// What CreateKey asks for.
+/// What `CreateKey` asks for.
 pub struct NewKey {
     /// Name for people.
     pub display_name: String,

@@ -23,7 +23,7 @@ use crate::{
 const REFRESH: Duration = Duration::from_secs(2);
 
 /// A revocation is looked for this long after its time, in case clocks disagree.
-const LOOK_BACK: Duration = Duration::from_secs(600);
+const LOOK_BACK: Duration = Duration::from_mins(10);
 
 const MINUTE: i64 = 60_000_000;
 
@@ -221,7 +221,9 @@ impl Keyring {
             .db
             .read(|tx| Box::pin(async move { store::revoked_since(tx, since).await }))
             .await?;
-        revoked.iter().for_each(|id| self.end(id));
+        for id in &revoked {
+            self.end(id);
+        }
         let mut used = Vec::new();
         for (id, key) in self.0.cached.lock().iter_mut() {
             if key.expire_time.is_some_and(|time| time <= now) {
@@ -382,7 +384,7 @@ mod tests {
         let access = keyring.check(Some(&text)).await.unwrap();
         keyring.run_once().await.unwrap();
         let rows = keyring.list(None, None, 10).await.unwrap();
-        assert_eq!(rows[0].last_used_time, Some(crate::clock::EPOCH + Duration::from_secs(60)));
+        assert_eq!(rows[0].last_used_time, Some(crate::clock::EPOCH + Duration::from_mins(1)));
         clock.advance(Duration::from_secs(20));
         assert!(keyring.check(Some(&text)).await.is_err());
         keyring.run_once().await.unwrap();
@@ -421,7 +423,7 @@ mod tests {
             namespace: "a".into(),
             grant: Grant::Task(task),
             key_id: Some(key.id.clone()),
-            expire_time: clock.now() + Duration::from_secs(60),
+            expire_time: clock.now() + Duration::from_mins(1),
         });
         let access = keyring.check(Some(&token)).await.unwrap();
         assert_eq!(access.principal.task, Some(task));
@@ -450,7 +452,7 @@ mod tests {
         assert!(keyring.bootstrap().await.unwrap().is_some());
         assert!(keyring.bootstrap().await.unwrap().is_none());
         let task = TaskId::new(clock.now(), &Entropy::seeded(2));
-        let token = keyring.signer().attempt_token(&"a".into(), task, 1, Duration::from_secs(60));
+        let token = keyring.signer().attempt_token(&"a".into(), task, 1, Duration::from_mins(1));
         let db = Db::open(&dir.path().join("baton.db")).await.unwrap();
         let again = Keyring::open(db, clock, Entropy::seeded(9), false).await.unwrap();
         assert_eq!(again.check(Some(&token)).await.unwrap().principal.attempt, Some((task, 1)));

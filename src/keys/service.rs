@@ -94,7 +94,7 @@ impl pb::server::key_service_server::KeyService for Service {
         &self,
         request: Request<pb::IssueTokenRequest>,
     ) -> Result<Response<pb::IssueTokenResponse>, Status> {
-        const LONGEST: Duration = Duration::from_secs(3_600);
+        const LONGEST: Duration = Duration::from_hours(1);
         let caller = auth::principal(&request)?;
         let request = request.into_inner();
         // Whether the task exists is asked when the token is used, in the token's namespace.
@@ -103,7 +103,7 @@ impl pb::server::key_service_server::KeyService for Service {
             .parse()
             .map_err(|_| Error::invalid("task_id", "must be a task's id, a UUID"))?;
         let ttl = match request.ttl {
-            None => Duration::from_secs(600),
+            None => Duration::from_mins(10),
             Some(ttl) => match Duration::try_from(ttl) {
                 Ok(ttl) if !ttl.is_zero() && ttl <= LONGEST => ttl,
                 _ => {

@@ -124,17 +124,17 @@ mod tests {
     #[test]
     fn a_token_says_what_was_signed_until_it_expires() {
         let (signer, task, clock) = signer();
-        let token = signer.attempt_token(&"a".into(), task, 3, Duration::from_secs(60));
+        let token = signer.attempt_token(&"a".into(), task, 3, Duration::from_mins(1));
         let claims = signer.verify(&token).unwrap();
         assert_eq!((claims.namespace.as_str(), &claims.grant), ("a", &Grant::Attempt(task, 3)));
-        clock.advance(Duration::from_secs(60));
+        clock.advance(Duration::from_mins(1));
         assert_eq!(signer.verify(&token), None);
     }
 
     #[test]
     fn no_changed_byte_and_no_other_key_passes() {
         let (signer, task, clock) = signer();
-        let token = signer.attempt_token(&"a".into(), task, 3, Duration::from_secs(60));
+        let token = signer.attempt_token(&"a".into(), task, 3, Duration::from_mins(1));
         for at in 0..token.len() {
             let mut bytes = token.clone().into_bytes();
             bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };

@@ -158,7 +158,7 @@ impl Metrics {
         }
     }
 
-    /// All metrics in the OpenMetrics text form.
+    /// All metrics in the `OpenMetrics` text form.
     pub fn text(&self) -> String {
         let mut out = String::with_capacity(16 << 10);
         // Writing to a string does not fail.

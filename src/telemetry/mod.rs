@@ -6,7 +6,7 @@
 mod metrics;
 mod trace;
 
-use std::io::IsTerminal as _;
+use std::{io::IsTerminal as _, sync::atomic::Ordering};
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::{WithExportConfig as _, WithTonicConfig as _};
@@ -41,6 +41,7 @@ impl Telemetry {
             }
         };
         let provider = exporter(config)?;
+        trace::EXPORTING.store(provider.is_some(), Ordering::Relaxed);
         let spans = provider.as_ref().map(|provider| {
             tracing_opentelemetry::layer()
                 .with_tracer(provider.tracer("baton"))

@@ -1,11 +1,16 @@
 //! W3C trace context: where a call's trace comes from, and what a task keeps of it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use http::HeaderMap;
 use opentelemetry::trace::{
     SpanContext, SpanId, TraceContextExt as _, TraceFlags, TraceId, TraceState,
 };
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+
+/// Whether spans leave the process; without, calls do no work for traces.
+pub(super) static EXPORTING: AtomicBool = AtomicBool::new(false);
 
 /// The trace context of a call, in the request's extensions: what a task keeps as `traceparent`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,9 +25,12 @@ pub fn traceparent(headers: &HeaderMap) -> Option<TraceParent> {
 /// Makes `span` a child of the caller's trace, and returns the context that later work of this
 /// call should name as its parent: the span's own where traces are exported, else the caller's.
 pub fn adopt_parent(span: &Span, caller: Option<TraceParent>) -> Option<TraceParent> {
+    if !EXPORTING.load(Ordering::Relaxed) {
+        return caller;
+    }
     if let Some(context) = caller.as_ref().and_then(|caller| parse(&caller.0)) {
         let context = opentelemetry::Context::new().with_remote_span_context(context);
-        // Fails when no exporter is installed; the caller's own context serves then.
+        // Fails when the filter dropped the span; the caller's own context serves then.
         let _ = span.set_parent(context);
     }
     let own = span.context().span().span_context().clone();
