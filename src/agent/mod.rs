@@ -14,6 +14,8 @@
 pub mod connection;
 pub mod emitter;
 pub mod engine;
+#[cfg(test)]
+mod leaving_tests;
 mod mailbox;
 mod node;
 pub mod outbox;
@@ -275,6 +277,7 @@ enum End {
 }
 
 /// What happens inside the runner.
+#[derive(Clone, Copy)]
 enum Local {
     Stop,
     Drain,

@@ -2,14 +2,18 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::FutureExt as _;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::mpsc, task::JoinSet, time::timeout};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use super::{Config, Shutdown, engine::Engine};
+use super::{
+    Config, Shutdown,
+    emitter::Emitter,
+    engine::{Completion, Engine, Failure, Work},
+};
 use crate::{
     clock::{Clock, Micros},
     error::{Error, Kind, Reason},
@@ -335,7 +339,7 @@ pub fn task(n: u64) -> TaskId {
 }
 
 /// The first attempt of a task for the engine `echo`.
-pub fn assign(task: TaskId, text: &str, params: Value) -> ToRunner {
+pub fn assign(task: TaskId, text: &str, params: &Value) -> ToRunner {
     ToRunner::Assign(pb::Assign {
         task_id: task.to_string(),
         attempt: 1,
@@ -345,4 +349,37 @@ pub fn assign(task: TaskId, text: &str, params: Value) -> ToRunner {
         attempt_token: "attempt-token".into(),
         ..pb::Assign::default()
     })
+}
+
+/// An engine that says one word and then waits for ever; tells when it is dropped.
+#[derive(Clone, Default)]
+pub struct Stuck {
+    pub dropped: Arc<tokio::sync::Notify>,
+}
+
+struct TellDrop(Arc<tokio::sync::Notify>);
+
+impl Drop for TellDrop {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
+}
+
+impl Engine for Stuck {
+    fn name(&self) -> &'static str {
+        "stuck"
+    }
+
+    fn version(&self) -> String {
+        "1".into()
+    }
+
+    fn run(&self, _: Work, emitter: Emitter) -> BoxFuture<'static, Result<Completion, Failure>> {
+        let tell = TellDrop(self.dropped.clone());
+        Box::pin(async move {
+            let _tell = tell;
+            emitter.token("begun").await?;
+            std::future::pending().await
+        })
+    }
 }

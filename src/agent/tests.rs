@@ -1,7 +1,5 @@
 //! The agent against a scripted server.
 
-use std::{sync::Arc, time::Duration};
-
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use serde_json::json;
@@ -12,7 +10,7 @@ use super::{
     Mode,
     emitter::Emitter,
     engine::{Completion, Engine, Failure, Work, echo::Echo},
-    testing::{Rig, SOON, assign, task, welcome},
+    testing::{Rig, SOON, Stuck, assign, task, welcome},
 };
 use crate::{
     error::Reason,
@@ -21,39 +19,6 @@ use crate::{
         finish::Outcome,
     },
 };
-
-/// An engine that says one word and then waits for ever; tells when it is dropped.
-#[derive(Clone, Default)]
-struct Stuck {
-    dropped: Arc<tokio::sync::Notify>,
-}
-
-struct TellDrop(Arc<tokio::sync::Notify>);
-
-impl Drop for TellDrop {
-    fn drop(&mut self) {
-        self.0.notify_one();
-    }
-}
-
-impl Engine for Stuck {
-    fn name(&self) -> &'static str {
-        "stuck"
-    }
-
-    fn version(&self) -> String {
-        "1".into()
-    }
-
-    fn run(&self, _: Work, emitter: Emitter) -> BoxFuture<'static, Result<Completion, Failure>> {
-        let tell = TellDrop(self.dropped.clone());
-        Box::pin(async move {
-            let _tell = tell;
-            emitter.token("begun").await?;
-            std::future::pending().await
-        })
-    }
-}
 
 /// An engine that blocks its thread until the channel's sender is dropped.
 struct Blocking(Mutex<Option<std::sync::mpsc::Receiver<()>>>);
@@ -110,7 +75,7 @@ async fn an_attempt_runs_and_its_finish_carries_credits() {
     let announced = control.credits().await;
     assert_eq!((announced.free_slots, announced.as_of_seq), (2, 0));
 
-    control.send(assign(task(1), "one two three", json!({"stages": ["READ"]}))).await;
+    control.send(assign(task(1), "one two three", &json!({"stages": ["READ"]}))).await;
     let accept = control.next().await;
     assert!(matches!(accept.body, Some(FromRunner::Accept(_))), "{accept:?}");
     assert_eq!((accept.seq, accept.ack), (2, 1));
@@ -132,7 +97,7 @@ async fn an_attempt_runs_and_its_finish_carries_credits() {
 async fn an_output_stream_that_broke_is_opened_again_and_resends_what_is_not_acknowledged() {
     let mut rig = Rig::start(Echo, |_| {}).await;
     let (mut control, mut output) = rig.session().await;
-    control.send(assign(task(1), "a b c d", json!({}))).await;
+    control.send(assign(task(1), "a b c d", &json!({}))).await;
     let first = output.read(|received| received.finish.is_some()).await;
     assert_eq!(first.next_index, 5);
     output.ack(task(1), 2, false).await;
@@ -164,7 +129,7 @@ async fn a_session_goes_on_after_control_broke() {
     let mut rig = Rig::start(engine.clone(), |_| {}).await;
     let (mut control, mut output) = rig.session().await;
     for n in [1, 2] {
-        control.send(assign(task(n), "x", json!({}))).await;
+        control.send(assign(task(n), "x", &json!({}))).await;
         output.read(|received| received.text == "begun").await;
     }
     // Credits and the first Accept have arrived, the second Accept has not.
@@ -201,7 +166,7 @@ async fn a_session_goes_on_after_control_broke() {
 async fn a_new_session_starts_both_sequences_at_one() {
     let mut rig = Rig::start(Echo, |_| {}).await;
     let (mut control, mut output) = rig.session().await;
-    control.send(assign(task(1), "a", json!({}))).await;
+    control.send(assign(task(1), "a", &json!({}))).await;
     output.read(|received| received.finish.is_some()).await;
     drop((control, output));
 
@@ -209,7 +174,7 @@ async fn a_new_session_starts_both_sequences_at_one() {
     control.welcome(welcome("s2", false)).await;
     let credits = control.next().await;
     assert_eq!((credits.seq, credits.ack), (1, 0));
-    control.send(assign(task(2), "b", json!({}))).await;
+    control.send(assign(task(2), "b", &json!({}))).await;
     let mut output = rig.output().await;
     assert_eq!(output.session_id, "s2");
     let mut finished = std::collections::BTreeSet::new();
@@ -227,7 +192,7 @@ async fn cancel_stops_the_engine_and_frees_the_slot() {
     let mut rig = Rig::start(engine.clone(), |config| config.slots = 1).await;
     let (mut control, mut output) = rig.session().await;
     control.credits().await;
-    control.send(assign(task(1), "x", json!({}))).await;
+    control.send(assign(task(1), "x", &json!({}))).await;
     output.read(|received| received.text == "begun").await;
     let cancel = pb::Cancel { task_id: task(1).to_string(), attempt: 1, ..pb::Cancel::default() };
     control.send(ToRunner::Cancel(cancel)).await;
@@ -236,7 +201,7 @@ async fn cancel_stops_the_engine_and_frees_the_slot() {
     assert_eq!((credits.free_slots, credits.as_of_seq), (1, 1));
     // A work that comes without credit is refused, one with credit is taken.
     for n in [2, 3] {
-        control.send(assign(task(n), "x", json!({}))).await;
+        control.send(assign(task(n), "x", &json!({}))).await;
     }
     let refused = control
         .find(|body| match body {
@@ -252,7 +217,7 @@ async fn a_lost_lease_stops_the_work_and_missing_events_are_sent_again() {
     let engine = Stuck::default();
     let mut rig = Rig::start(engine.clone(), |_| {}).await;
     let (mut control, mut output) = rig.session().await;
-    control.send(assign(task(1), "x", json!({}))).await;
+    control.send(assign(task(1), "x", &json!({}))).await;
     output.read(|received| received.text == "begun").await;
     output.refuse(task(1), Reason::EventsMissing, 1).await;
     let again = output.read(|received| received.text == "begun").await;
@@ -267,7 +232,7 @@ async fn an_engine_waits_while_its_buffer_is_full() {
     let mut control = rig.control().await;
     control.welcome(pb::Welcome { max_unacked_bytes: 100, ..welcome("s1", false) }).await;
     let mut output = rig.output().await;
-    control.send(assign(task(1), "0123456789", json!({"repeat": 10}))).await;
+    control.send(assign(task(1), "0123456789", &json!({"repeat": 10}))).await;
     // An event counts 16 bytes besides its text: three fit.
     let first = output.read(|received| received.next_index == 4).await;
     assert!(first.finish.is_none());
@@ -293,7 +258,7 @@ async fn heartbeats_go_on_while_an_engine_blocks_its_thread() {
     let heartbeat_interval = Some(prost_types::Duration { seconds: 0, nanos: 10_000_000 });
     control.welcome(pb::Welcome { heartbeat_interval, ..welcome("s1", false) }).await;
     let mut output = rig.output().await;
-    control.send(assign(task(1), "x", json!({}))).await;
+    control.send(assign(task(1), "x", &json!({}))).await;
     for _ in 0..5 {
         let heartbeat = control
             .find(|body| match body {
@@ -313,7 +278,7 @@ async fn heartbeats_go_on_while_an_engine_blocks_its_thread() {
 async fn a_panic_fails_its_attempt_alone() {
     let mut rig = Rig::start(Panicking, |_| {}).await;
     let (mut control, mut output) = rig.session().await;
-    control.send(assign(task(1), "x", json!({}))).await;
+    control.send(assign(task(1), "x", &json!({}))).await;
     let received = output.read(|received| received.finish.is_some()).await;
     let Some(Outcome::Failure(failure)) = received.finish.unwrap().outcome else { panic!() };
     assert_eq!((failure.reason.as_str(), failure.retryable), ("ENGINE_ERROR", true));
@@ -335,91 +300,6 @@ async fn input_that_is_no_object_fails_the_attempt() {
     let received = output.read(|received| received.finish.is_some()).await;
     let Some(Outcome::Failure(failure)) = received.finish.unwrap().outcome else { panic!() };
     assert_eq!((failure.reason.as_str(), failure.retryable), ("INPUT_REJECTED", false));
-}
-
-#[tokio::test]
-async fn a_drain_finishes_what_runs_and_says_bye() {
-    let mut rig = Rig::start(Echo, |_| {}).await;
-    let (mut control, mut output) = rig.session().await;
-    control.credits().await;
-    control.send(assign(task(1), "a b c", json!({"delay_ms": 20}))).await;
-    output.read(|received| received.text.starts_with('a')).await;
-    rig.shutdown.drain.cancel();
-    assert_eq!(control.credits().await.free_slots, 0);
-    control.send(assign(task(2), "late", json!({}))).await;
-    let refused = control
-        .find(|body| match body {
-            FromRunner::Refuse(refuse) => Some(refuse.reason),
-            _ => None,
-        })
-        .await;
-    assert_eq!(refused, "the runner is draining");
-    let received = output.read(|received| received.finish.is_some()).await;
-    assert!(matches!(received.finish.unwrap().outcome, Some(Outcome::Success(_))));
-    output.ack(task(1), 3, true).await;
-    control.find(|body| matches!(body, FromRunner::Bye(_)).then_some(())).await;
-    drop(control);
-    rig.ended().await.unwrap();
-}
-
-#[tokio::test]
-async fn what_outlasts_the_drain_time_is_handed_back() {
-    let engine = Stuck::default();
-    let mut rig =
-        Rig::start(engine.clone(), |config| config.drain_time = Duration::from_millis(1)).await;
-    let (mut control, mut output) = rig.session().await;
-    control.send(assign(task(1), "x", json!({}))).await;
-    output.read(|received| received.text == "begun").await;
-    rig.shutdown.drain.cancel();
-    let received = output.read(|received| received.finish.is_some()).await;
-    assert!(matches!(received.finish.unwrap().outcome, Some(Outcome::HandBack(_))));
-    timeout(SOON, engine.dropped.notified()).await.unwrap();
-    output.ack(task(1), 1, true).await;
-    control.find(|body| matches!(body, FromRunner::Bye(_)).then_some(())).await;
-    drop(control);
-    rig.ended().await.unwrap();
-}
-
-#[tokio::test]
-async fn a_stop_ends_at_once() {
-    let engine = Stuck::default();
-    let mut rig = Rig::start(engine.clone(), |_| {}).await;
-    let (mut control, mut output) = rig.session().await;
-    control.send(assign(task(1), "x", json!({}))).await;
-    output.read(|received| received.text == "begun").await;
-    rig.shutdown.drain.cancel();
-    rig.shutdown.stop.cancel();
-    rig.ended().await.unwrap();
-    timeout(SOON, engine.dropped.notified()).await.unwrap();
-}
-
-#[tokio::test]
-async fn commands_are_accepted_and_answered() {
-    let mut rig = Rig::start(Echo, |_| {}).await;
-    let (mut control, _output) = rig.session().await;
-    assert_eq!(control.credits().await.free_slots, 2);
-    for (command_id, paused, free_slots) in [("c1", true, 0), ("c2", false, 2)] {
-        let action = Some(pb::command::Action::Pause(pb::Pause { paused }));
-        let command = pb::Command { command_id: command_id.into(), action };
-        control.send(ToRunner::Command(command)).await;
-        let accepted = control.next().await.body.unwrap();
-        let wanted = pb::CommandAccepted { command_id: command_id.into() };
-        assert_eq!(accepted, FromRunner::CommandAccepted(wanted));
-        assert_eq!(control.credits().await.free_slots, free_slots);
-        let done = control.next().await.body.unwrap();
-        assert!(
-            matches!(done, FromRunner::CommandDone(done) if done.status.as_ref().unwrap().code == 0)
-        );
-    }
-    let drain = pb::Drain { exit: true, ..pb::Drain::default() };
-    let action = Some(pb::command::Action::Drain(drain));
-    control.send(ToRunner::Command(pb::Command { command_id: "c3".into(), action })).await;
-    assert_eq!(control.credits().await.free_slots, 0);
-    let done = control.next().await.body.unwrap();
-    assert!(matches!(done, FromRunner::CommandDone(done) if done.command_id == "c3"));
-    control.find(|body| matches!(body, FromRunner::Bye(_)).then_some(())).await;
-    drop(control);
-    rig.ended().await.unwrap();
 }
 
 #[tokio::test]
@@ -470,7 +350,7 @@ async fn polled(rig: &mut Rig) {
     let message = |seq, body| pb::ConnectResponse { seq, ack: 0, body: Some(body) };
     let messages = vec![
         message(0, ToRunner::Welcome(welcome("p1", false))),
-        message(1, assign(task(1), "one two", json!({}))),
+        message(1, assign(task(1), "one two", &json!({}))),
     ];
     answer.send(Ok(pb::PollResponse { messages })).unwrap();
 
@@ -491,7 +371,7 @@ async fn polled(rig: &mut Rig) {
                         .any(|message| matches!(message.body, Some(FromRunner::Accept(_))));
                     if numbered {
                         // The same message again, as a server does that saw no ack.
-                        let again = message(1, assign(task(1), "one two", json!({})));
+                        let again = message(1, assign(task(1), "one two", &json!({})));
                         let answered = Ok(pb::PollResponse { messages: vec![again] });
                         answer.send(answered).unwrap();
                     } else {
