@@ -25,3 +25,5 @@ pub mod runners;
 pub mod dispatch;
 
 pub mod app;
+pub mod cli;
+pub mod client;

@@ -56,6 +56,8 @@ const EDGES: &[(&str, &[&str])] = &[
     // Edges.
     ("grpc", &["config", "supervisor", "telemetry", "keys"]),
     // The agent shares the pure halves of the protocol and nothing else of the server.
+    // For Rust programs: the generated clients, and how errors come back.
+    ("client", &["grpc::status"]),
     ("agent", &["config", "supervisor", "telemetry", "runners::protocol", "grpc::status"]),
 ];
 const KERNELS: &[&str] = &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry"];
@@ -171,8 +173,9 @@ fn faults(source: &Source) -> Vec<String> {
         return faults;
     }
     let serves = matches!(source.role(), "service" | "convert");
-    let at_edge =
-        OPEN.contains(&module) || matches!(module, "grpc" | "agent" | "telemetry") || serves;
+    let at_edge = OPEN.contains(&module)
+        || matches!(module, "grpc" | "agent" | "client" | "telemetry")
+        || serves;
     if let Some(edges) = edges {
         for (first, second) in source.crate_paths() {
             let deep = format!("{first}::{}", second.as_deref().unwrap_or_default());

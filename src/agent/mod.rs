@@ -14,8 +14,6 @@
 pub mod connection;
 pub mod emitter;
 pub mod engine;
-#[cfg(test)]
-mod leaving_tests;
 mod mailbox;
 mod node;
 pub mod outbox;
@@ -24,10 +22,6 @@ mod poll;
 mod session;
 mod slots;
 mod stream;
-#[cfg(test)]
-mod testing;
-#[cfg(test)]
-mod tests;
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -35,7 +29,7 @@ use anyhow::Context as _;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-pub use self::connection::Connector;
+pub use self::{connection::Connector, node::gpus};
 use self::{
     connection::Credential, engine::Engine, mailbox::Mailbox, outbox::Outbox, session::Session,
     slots::Slots,
@@ -277,7 +271,6 @@ enum End {
 }
 
 /// What happens inside the runner.
-#[derive(Clone, Copy)]
 enum Local {
     Stop,
     Drain,

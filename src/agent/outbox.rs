@@ -459,7 +459,3 @@ impl Outbox {
         Ok(None)
     }
 }
-
-#[cfg(test)]
-#[path = "outbox_tests.rs"]
-mod tests;

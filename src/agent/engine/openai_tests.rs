@@ -82,8 +82,7 @@ fn answer(status: &str, kind: &str, body: &str) -> String {
 }
 
 fn sse(chunks: &[Value]) -> String {
-    let events: Vec<_> = chunks.iter().map(|chunk| format!("data: {chunk}\n\n")).collect();
-    events.concat() + "data: [DONE]\n\n"
+    chunks.iter().map(|chunk| format!("data: {chunk}\n\n")).collect::<String>() + "data: [DONE]\n\n"
 }
 
 async fn failure(answer: String) -> Failure {

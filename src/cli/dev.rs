@@ -1,0 +1,293 @@
+//! `dev`: server and runner in one process, ready in a moment.
+
+use std::fmt::Write as _;
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{
+    Context,
+    exit::{Exit, Failure, Outcome},
+    server::{DEV_GRACE, start_failure, stop, until_stopped},
+    signals::Interrupts,
+    stream::Printer,
+};
+use crate::{
+    agent::{
+        self, Shutdown,
+        engine::{self, ngram},
+    },
+    app::App,
+    client::{Client, Update},
+    config::{self, Config, Sources},
+    id::Entropy,
+    json::struct_from_map,
+    pb,
+    telemetry::Telemetry,
+};
+
+/// The model of the built-in n-gram engine.
+pub const NGRAM: &str = "baton/ngram";
+/// The model of the built-in echo engine.
+pub const ECHO: &str = "baton/echo";
+
+/// What the demonstration asks the model to go on with.
+const PROMPT: &str = "Alice was beginning to";
+/// A pace at which one sees the tokens arrive.
+const DEMO_PACE: f64 = 40.0;
+
+/// Arguments of `dev`.
+#[derive(Args, Clone, Debug)]
+pub struct DevArgs {
+    /// Submit a task to the n-gram model and stream it here
+    #[arg(long)]
+    demo: bool,
+    /// Keep nothing: data go to a directory that is removed at the end
+    #[arg(long, conflicts_with = "data_dir")]
+    ephemeral: bool,
+    /// Directory of the data
+    #[arg(long, value_name = "DIR", default_value = ".baton")]
+    data_dir: PathBuf,
+    /// Where to listen; port 0 picks a free one
+    #[arg(long, value_name = "ADDR", env = "BATON_SERVER_ADDR", default_value = "127.0.0.1:7070")]
+    addr: SocketAddr,
+    /// Require API keys, as a server does; needed to listen beyond this machine
+    #[arg(long)]
+    auth: bool,
+    /// Tasks that each built-in runner executes at once
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    slots: u32,
+    /// Start no runner
+    #[arg(long, conflicts_with = "demo")]
+    no_runner: bool,
+}
+
+/// A directory that goes with the process.
+struct Ephemeral(PathBuf);
+
+impl Ephemeral {
+    fn new() -> Outcome<Self> {
+        let name = format!("baton-{:016x}", Entropy::system().u64());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).map_err(|error| {
+            Failure::new(Exit::Unexpected, format!("cannot make {}: {error}", path.display()))
+        })?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Ephemeral {
+    fn drop(&mut self) {
+        // It lies in the system's directory for such things; what is left is swept there.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs until a signal comes.
+pub async fn run(context: &Context, args: &DevArgs) -> Outcome {
+    let ephemeral = args.ephemeral.then(Ephemeral::new).transpose()?;
+    let data_dir = ephemeral.as_ref().map_or(&args.data_dir, |dir| &dir.0).clone();
+    let config = configure(context, args, &data_dir)?;
+    let telemetry = Telemetry::init(&config.telemetry)?;
+    let entropy = Entropy::system();
+    let app = App::start(config, context.clock.clone(), entropy.clone())
+        .await
+        .map_err(|error| start_failure(error, args.addr))?;
+    let key = admin_key(args, &data_dir)?;
+    let drain = Shutdown::default();
+    if !args.no_runner {
+        start_runners(context, args, &app, key.as_deref(), &drain, &entropy);
+    }
+    banner(context, args, &app, &data_dir).await;
+    let mut interrupts = Interrupts::new()?;
+    let shown = tokio::select! {
+        () = until_stopped(&app, &mut interrupts) => None,
+        shown = demo(context, args, &app, key.as_deref()) => Some(shown),
+    };
+    if let Some(Ok(())) = shown {
+        until_stopped(&app, &mut interrupts).await;
+    }
+    context.output.note("\nstopping");
+    drain.stop.cancel();
+    let exit = stop(app, telemetry, interrupts).await;
+    match shown {
+        Some(Err(failure)) => Err(failure),
+        Some(Ok(())) | None => exit,
+    }
+}
+
+fn configure(context: &Context, args: &DevArgs, data_dir: &std::path::Path) -> Outcome<Config> {
+    if !args.auth && !args.addr.ip().is_loopback() {
+        return Err(Failure::usage(format!(
+            "refusing to listen on {} without credentials: everybody who reaches it would be an admin",
+            args.addr
+        ))
+        .hint(format!("require API keys: baton dev --addr {} --auth", args.addr))
+        .hint("or stay on this machine: baton dev --addr 127.0.0.1:7070"));
+    }
+    let mut sources = Sources::process(None);
+    // Log lines would mix with the tokens, so only what matters is shown.
+    let filter = match context.output.verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    if !sources.env.contains_key("BATON_TELEMETRY_LOG_FILTER") {
+        sources.flag("telemetry.log_filter", filter, "-v");
+    }
+    sources.flag("server.addr", args.addr, "--addr");
+    sources.flag("server.shutdown_grace", config::units::format_duration(DEV_GRACE), "dev");
+    sources.flag("storage.data_dir", data_dir.display(), "--data-dir");
+    sources.flag("auth.required", args.auth, "--auth");
+    sources.flag("auth.open_reflection", true, "dev");
+    Ok(config::load(&sources)?.config)
+}
+
+/// With `--auth`, the key that the first start left in the data directory.
+fn admin_key(args: &DevArgs, data_dir: &std::path::Path) -> Outcome<Option<String>> {
+    if !args.auth {
+        return Ok(None);
+    }
+    let path = data_dir.join("admin.key");
+    let key = std::fs::read_to_string(&path).map_err(|error| {
+        Failure::new(Exit::Auth, format!("cannot read the admin key {}: {error}", path.display()))
+            .hint("start with new data: baton dev --auth --ephemeral")
+    })?;
+    Ok(Some(key.trim().to_owned()))
+}
+
+/// The address under which this process reaches its own server.
+fn local_url(app: &App) -> String {
+    let mut addr = app.addr;
+    if addr.ip().is_unspecified() {
+        let local = match addr {
+            SocketAddr::V4(_) => std::net::IpAddr::from([127, 0, 0, 1]),
+            SocketAddr::V6(_) => std::net::IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+        };
+        addr.set_ip(local);
+    }
+    format!("http://{addr}")
+}
+
+fn start_runners(
+    context: &Context,
+    args: &DevArgs,
+    app: &App,
+    key: Option<&str>,
+    shutdown: &Shutdown,
+    entropy: &Entropy,
+) {
+    let ngram = engine::Settings::Ngram(ngram::Settings { corpus: None, tokens_per_second: None });
+    for (name, settings, model) in
+        [("dev-ngram", ngram, NGRAM), ("dev-echo", engine::Settings::Echo, ECHO)]
+    {
+        let mut config = agent::Config::new(local_url(app), settings, entropy);
+        config.api_key = key.map(str::to_owned);
+        config.runner_id = name.into();
+        config.models = vec![model.into()];
+        config.slots = args.slots;
+        config.engine_threads = 0;
+        let (clock, entropy, shutdown) = (context.clock.clone(), entropy.clone(), shutdown.clone());
+        app.supervisor.spawn("dev runner", async move {
+            let ended = Box::pin(agent::run(config, clock, entropy, shutdown)).await;
+            if let Err(error) = ended {
+                tracing::error!(runner = name, "the built-in runner stopped: {error:#}");
+            }
+        });
+    }
+}
+
+async fn banner(context: &Context, args: &DevArgs, app: &App, data_dir: &std::path::Path) {
+    let output = &context.output;
+    let url = local_url(app);
+    let place = match (args.ephemeral, std::fs::canonicalize(data_dir)) {
+        (true, _) => "none; removed at the end (--ephemeral)".to_owned(),
+        (false, Ok(path)) => path.display().to_string(),
+        (false, Err(_)) => data_dir.display().to_string(),
+    };
+    let gpus: Vec<String> = agent::gpus().await.into_iter().map(|gpu| gpu.name).collect();
+    let gpus = if gpus.is_empty() { "none".into() } else { gpus.join(", ") };
+    let models =
+        if args.no_runner { "none (--no-runner)".into() } else { format!("{NGRAM}, {ECHO}") };
+    let access = if args.auth {
+        format!("API key required; admin key in {}", data_dir.join("admin.key").display())
+    } else {
+        "open on this machine, no key needed".into()
+    };
+    output.note(format!("baton {}\n", env!("CARGO_PKG_VERSION")));
+    for (name, value) in [
+        ("gRPC", url.clone()),
+        ("health", format!("{url}/readyz")),
+        ("metrics", format!("{url}/metrics")),
+        ("data", place),
+        ("storage", "SQLite, single node".into()),
+        ("access", access),
+        ("models", models),
+        ("GPUs", gpus),
+    ] {
+        output.note(format!("  {} {value}", output.dim(&format!("{name:<8}"))));
+    }
+    let mut prefix = String::from("baton");
+    if url != super::DEFAULT_ADDRESS {
+        let _ = write!(prefix, " --address {url}");
+    }
+    if args.auth {
+        let _ = write!(prefix, " --api-key-file {}", data_dir.join("admin.key").display());
+    }
+    output.note("\nin another terminal, try");
+    for command in [
+        format!("{prefix} run {NGRAM} -i prompt=\"{PROMPT}\""),
+        format!("{prefix} submit {ECHO} -i text=hello --follow"),
+        format!("{prefix} task list"),
+    ] {
+        output.note(format!("  {command}"));
+    }
+    output.note("\nCtrl-C stops it\n");
+}
+
+/// Runs the demonstration, if asked to.
+async fn demo(context: &Context, args: &DevArgs, app: &App, key: Option<&str>) -> Outcome<()> {
+    if !args.demo {
+        return Ok(());
+    }
+    let output = &context.output;
+    let client = Client::connect(&local_url(app), key).await?;
+    output.note(format!("demo: {NGRAM} goes on from \"{PROMPT}\"\n"));
+    let map = |value: serde_json::Value| match value {
+        serde_json::Value::Object(map) => Some(struct_from_map(map)),
+        _ => None,
+    };
+    let spec = pb::TaskSpec {
+        model: NGRAM.into(),
+        input: map(json!({ "prompt": PROMPT })),
+        params: map(json!({ "max_tokens": 120, "tokens_per_second": DEMO_PACE })),
+        seed: Some(7),
+        ..Default::default()
+    };
+    let request = pb::SubmitTaskRequest { spec: Some(spec), request_id: client.request_id() };
+    let response =
+        client.submit(request).await.map_err(|e| Failure::of_call("submit the task", &e))?;
+    let id = response.task.unwrap_or_default().task_id;
+    let mut printer = Printer::new(output, &id);
+    let mut follow = client.follow(&id, 1);
+    while let Some(update) = follow
+        .next()
+        .await
+        .map_err(|error| Failure::of_call(&format!("follow task {id}"), &error))?
+    {
+        if let Update::Event(event) = update {
+            printer.event(&event)?;
+        }
+    }
+    printer.finish()?;
+    output.note("\nthe server stays up; look at what happened:");
+    let address = local_url(app);
+    let prefix = if address == super::DEFAULT_ADDRESS {
+        "baton".to_owned()
+    } else {
+        format!("baton --address {address}")
+    };
+    output.note(format!("  {prefix} task events {id}"));
+    Ok(())
+}

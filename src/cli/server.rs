@@ -1,0 +1,216 @@
+//! `server`: a server for real, and what its configuration is.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, Subcommand};
+
+use super::{
+    Context,
+    exit::{Exit, Failure, Outcome},
+    output::{Format, table},
+    port,
+    signals::Interrupts,
+};
+use crate::{
+    app::App,
+    config::{self, Loaded, Sources},
+    id::Entropy,
+    telemetry::Telemetry,
+};
+
+/// Where the configuration comes from.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ConfigArgs {
+    /// Configuration file, TOML
+    #[arg(long, env = "BATON_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where the one port listens; port 0 picks a free one
+    #[arg(long, value_name = "ADDR")]
+    addr: Option<SocketAddr>,
+    /// Directory of the database and the files
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+impl ConfigArgs {
+    /// The layers: defaults, file, variables, flags.
+    pub fn sources(&self) -> Sources {
+        let mut sources = Sources::process(self.config.clone());
+        if let Some(addr) = self.addr {
+            sources.flag("server.addr", addr, "--addr");
+        }
+        if let Some(dir) = &self.data_dir {
+            sources.flag("storage.data_dir", dir.display(), "--data-dir");
+        }
+        sources
+    }
+
+    /// The configuration in effect.
+    pub fn load(&self) -> Outcome<Loaded> {
+        Ok(config::load(&self.sources())?)
+    }
+}
+
+/// Commands of `server`.
+#[derive(Subcommand, Clone, Debug)]
+pub enum ServerCommand {
+    /// Start a server; credentials are required
+    Start(ConfigArgs),
+    /// Print the configuration in effect, and check it
+    PrintConfig {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Also print where each value came from, and the variable that sets it
+        #[arg(long)]
+        origin: bool,
+    },
+}
+
+/// Runs a command of `server`.
+pub async fn run(context: &Context, command: &ServerCommand) -> Outcome {
+    match command {
+        ServerCommand::Start(args) => start(context, args).await,
+        ServerCommand::PrintConfig { config, origin } => {
+            let loaded = config.load()?;
+            print_config(context, &loaded, *origin)?;
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+async fn start(context: &Context, args: &ConfigArgs) -> Outcome {
+    let config = args.load()?.config;
+    let telemetry = Telemetry::init(&config.telemetry)?;
+    let data_dir = config.storage.data_dir.clone();
+    let wanted = config.server.addr;
+    let app = App::start(config, context.clock.clone(), Entropy::system())
+        .await
+        .map_err(|error| start_failure(error, wanted))?;
+    context.output.note(format!("baton {} serves on {}", env!("CARGO_PKG_VERSION"), app.addr));
+    context.output.next("data", data_dir.display());
+    if let Some(path) = &app.first_key {
+        context.output.next("first admin key", path.display());
+        context.output.next(
+            "try it",
+            format_args!(
+                "baton --address http://{} --api-key-file {} doctor",
+                app.addr,
+                path.display()
+            ),
+        );
+    }
+    let mut interrupts = Interrupts::new()?;
+    until_stopped(&app, &mut interrupts).await;
+    stop(app, telemetry, interrupts).await
+}
+
+/// Waits for a signal, or for the server to ask for its own end.
+pub async fn until_stopped(app: &App, interrupts: &mut Interrupts) {
+    tokio::select! {
+        () = interrupts.next() => {}
+        () = app.stopped() => {}
+    }
+}
+
+/// Ends a server in order; a second signal ends it at once.
+pub async fn stop(app: App, telemetry: Telemetry, mut interrupts: Interrupts) -> Outcome {
+    let failures = app.supervisor.failures();
+    let ended = async {
+        app.shutdown().await?;
+        telemetry.shutdown().await;
+        anyhow::Ok(())
+    };
+    tokio::select! {
+        ended = ended => ended?,
+        () = interrupts.next() => return Ok(Exit::Interrupted),
+    }
+    if failures.is_empty() {
+        return Ok(Exit::Ok);
+    }
+    Err(Failure::new(Exit::Unexpected, "the server stopped by itself").cause(failures.join("; ")))
+}
+
+/// Why a server did not start, with what to do about it.
+pub fn start_failure(error: anyhow::Error, addr: SocketAddr) -> Failure {
+    let busy = error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() == std::io::ErrorKind::AddrInUse)
+    }) || error.to_string().contains("is in use; stop the other program");
+    if busy {
+        let failure = Failure::new(Exit::Conflict, format!("the address {addr} is in use"));
+        let failure = match port::holder(addr) {
+            Some(holder) => failure.cause(format!("it is held by {holder}")),
+            None => failure,
+        };
+        let free = SocketAddr::new(addr.ip(), 0);
+        return failure
+            .hint(format!("take any free port: --addr {free}"))
+            .hint("is it a baton server? ask it: baton doctor");
+    }
+    let failure = Failure::from(error);
+    if failure.message.contains("data directory") && failure.message.contains("in use") {
+        return Failure { exit: Exit::Conflict, ..failure }
+            .hint("choose another directory: --data-dir DIR");
+    }
+    if failure.message.contains("data directory") {
+        return Failure { exit: Exit::Usage, ..failure }
+            .hint("choose a directory that you may write: --data-dir DIR");
+    }
+    failure
+}
+
+fn print_config(context: &Context, loaded: &Loaded, origin: bool) -> Outcome<()> {
+    let output = &context.output;
+    if output.format != Format::Text {
+        let entries: Vec<_> = loaded
+            .entries
+            .iter()
+            .map(|entry| {
+                serde_json::json!({ "key": entry.key, "value": entry.value,
+                    "origin": entry.origin.to_string(), "env": entry.env })
+            })
+            .collect();
+        return output.value(&serde_json::json!({ "config": entries }));
+    }
+    if origin {
+        let rows = loaded.entries.iter().map(|entry| {
+            vec![
+                entry.key.clone(),
+                entry.value.clone(),
+                entry.origin.to_string(),
+                entry.env.clone(),
+            ]
+        });
+        return output.raw(&table(&["key", "value", "origin", "variable"], rows));
+    }
+    let mut section = String::new();
+    for entry in &loaded.entries {
+        let (head, name) = entry.key.split_once('.').unwrap_or(("", &entry.key));
+        if head != section {
+            let blank = if section.is_empty() { "" } else { "\n" };
+            output.raw(&format!("{blank}[{head}]\n"))?;
+            head.clone_into(&mut section);
+        }
+        output.line(format_args!("{name} = {}", entry.value))?;
+    }
+    Ok(())
+}
+
+/// Writes a secret to a new file that its owner alone can read.
+pub fn write_secret(path: &std::path::Path, secret: &str) -> Outcome<()> {
+    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
+    let written = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .and_then(|mut file| writeln!(file, "{secret}").and_then(|()| file.sync_all()));
+    written.map_err(|error| {
+        Failure::usage(format!("cannot write the secret to {}: {error}", path.display()))
+            .hint("name a new file in a directory that exists: --out FILE")
+    })
+}
+
+/// How long a development server may take to end.
+pub const DEV_GRACE: Duration = Duration::from_secs(5);

@@ -1,0 +1,117 @@
+//! `db`: what an operator does to the database file.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use super::{
+    Context,
+    exit::{Exit, Outcome},
+    output::fields,
+    server::ConfigArgs,
+};
+use crate::{config::units, db};
+
+/// Name of the database in the data directory.
+const FILE: &str = "baton.db";
+
+/// Which database.
+#[derive(Args, Clone, Debug)]
+pub struct Place {
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+impl Place {
+    fn path(&self) -> Outcome<PathBuf> {
+        Ok(self.config.load()?.config.storage.data_dir.join(FILE))
+    }
+}
+
+/// Commands of `db`.
+#[derive(Subcommand, Clone, Debug)]
+pub enum DbCommand {
+    /// Show the migrations, the size and the journal mode; the server may run
+    Status(Place),
+    /// Apply pending migrations; a server does so when it starts
+    Migrate(Place),
+    /// Write a consistent copy; the server may run
+    Backup {
+        #[command(flatten)]
+        place: Place,
+        /// New file to write
+        to: PathBuf,
+    },
+}
+
+/// Runs a command of `db`.
+pub async fn run(context: &Context, command: &DbCommand) -> Outcome {
+    let output = &context.output;
+    match command {
+        DbCommand::Status(place) => {
+            let path = place.path()?;
+            let status = db::status(&path).await.map_err(named)?;
+            print(context, &path, &status)?;
+        }
+        DbCommand::Migrate(place) => {
+            let path = place.path()?;
+            let status = db::migrate(&path).await?;
+            print(context, &path, &status)?;
+            output.next("start the server", "baton server start");
+        }
+        DbCommand::Backup { place, to } => {
+            let path = place.path()?;
+            let bytes = db::backup(&path, to).await.map_err(named)?;
+            if output.is_text() {
+                output.note(format!("wrote {} ({})", to.display(), units::format_bytes(bytes)));
+            } else {
+                output.value(&json!({ "path": to.display().to_string(), "size_bytes": bytes }))?;
+            }
+            output.next(
+                "restore",
+                format_args!(
+                    "stop the server, put the file in place of {}, remove its -wal and -shm",
+                    path.display()
+                ),
+            );
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+fn named(error: crate::error::Error) -> super::exit::Failure {
+    let failure = super::exit::Failure::from(error);
+    if failure.exit == Exit::NotFound {
+        return failure.hint(
+            "name the data directory of the server: --data-dir DIR (`baton dev` uses ./.baton)",
+        );
+    }
+    failure
+}
+
+fn print(context: &Context, path: &std::path::Path, status: &db::Status) -> Outcome<()> {
+    let pending = status.pending();
+    if !context.output.is_text() {
+        return context.output.value(&json!({
+            "path": path.display().to_string(),
+            "size_bytes": status.size_bytes,
+            "journal_mode": status.journal_mode,
+            "applied": status.applied,
+            "pending": pending,
+        }));
+    }
+    let list = |versions: &[i64]| {
+        if versions.is_empty() {
+            return "none".to_owned();
+        }
+        versions.iter().map(i64::to_string).collect::<Vec<_>>().join(", ")
+    };
+    context.output.raw(&fields(&[
+        ("database", path.display().to_string()),
+        ("size", format!("{} KiB", status.size_bytes.div_ceil(1024))),
+        ("journal", status.journal_mode.clone()),
+        ("applied", list(&status.applied)),
+        ("pending", list(&pending)),
+    ]))
+}
