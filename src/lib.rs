@@ -1,4 +1,71 @@
 //! Baton turns a fleet of GPU hosts into a service.
+//!
+//! Clients submit *tasks* over gRPC and watch tokens arrive; *runners* on the hosts dial out over
+//! two bidirectional streams, receive leased work, and stream tokens and progress back. One
+//! binary holds the server, the runner agent and the command line.
+//!
+//! ```text
+//!  clients            the server                                          runners
+//!  ───────   ┌─────────────────────────────────────────────────────────┐  ───────
+//!  submit ──►│ grpc ─► tasks::service ─► queue::admit ─► tasks::ledger │
+//!            │                                    one commit ▼         │
+//!            │                     queue ◄──────────── SQLite          │
+//!            │                       ▼                    ▲            │
+//!            │                    dispatch ─► ledger::start            │
+//!            │                                    ▼                    │   Assign
+//!            │                              runners::session ──────────┼──────────►
+//!  stream ◄──│ tasks::history ◄── relay::Log ◄────┘ ◄──────────────────┼─ tokens, Finish
+//!            │                       └─► tasks::recorder ─► SQLite     │
+//!            └─────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! # A submit, step by step
+//!
+//! 1. [`grpc`] accepts the connection, finds the [`keys::Principal`] of the credential, and calls
+//!    [`tasks::service`].
+//! 2. [`tasks::convert`] checks the request and names every bad field; [`queue`] grants a place or
+//!    refuses early.
+//! 3. [`tasks::ledger`] takes everything that waits, applies the pure [`tasks::state`] to the rows,
+//!    and writes rows and timeline entries in one transaction of [`db`]. After the commit, which
+//!    is synced, it tells the queue, the relay and the watchers, and only then answers.
+//! 4. [`dispatch`] matches the queue with the runners' credits, has the ledger start the attempts
+//!    (each start is a lease with a larger attempt number), and hands them to [`runners`].
+//! 5. The session of the runner sends `Assign`.
+//!
+//! # A result, step by step
+//!
+//! 1. The agent ([`agent`]) runs the engine and sends whatever all its attempts made since the last
+//!    message in one `Output` message.
+//! 2. [`runners`] appends each event to the task's [`relay`] log: it is encoded once, numbered as
+//!    *base + the runner's own index*, and every subscriber's cursor can read it.
+//! 3. [`tasks::recorder`] writes what is new to storage in the background, and only then is it
+//!    acknowledged to the runner, which keeps it until then.
+//! 4. `Finish` freezes the log; the ledger commits the end together with the last entries, and the
+//!    log is sealed. [`tasks::archive`] moves the transcript to a [`blob`] file later.
+//! 5. A reader that comes late gets the same bytes from storage ([`tasks::history`]).
+//!
+//! # Invariants
+//!
+//! - The database is the truth. Queue, relay, sessions and timers live in memory and are rebuilt
+//!   from it; whatever they are told comes after a commit and may be lost, and a sweep makes it
+//!   good.
+//! - Only [`tasks::state::apply`] moves a task's state, and only the ledger writes it.
+//! - `(task, attempt)` is the fencing token: whatever comes under an attempt that does not hold
+//!   the lease changes nothing and is answered with `LEASE_LOST`.
+//! - No sequence is ever given to two different entries; no reader sees one above the row's
+//!   reservation.
+//! - A stream never blocks its producer: a reader is a cursor, and one that lags reads storage.
+//! - Tokens are never written one by one, and never to the timeline.
+//! - Nothing but [`supervisor`] spawns, nothing but [`clock`] knows the time, nothing but
+//!   [`config`] reads the environment.
+//!
+//! # Where things are
+//!
+//! Kernels know no noun of the domain: [`clock`], [`id`], [`error`], [`db`], [`events`],
+//! [`queue`], [`blob`], [`relay`]. Slices have one noun each, and the same file names mean the same
+//! role in each: `model`, `state`, `store`, `convert`, `service`. Edges know no SQL: [`grpc`],
+//! [`agent`]. Imports point from edges to slices to kernels;
+//! `tests/architecture.rs` holds the code to it.
 
 pub mod blob;
 pub mod clock;

@@ -392,7 +392,7 @@ mod tests {
         assert_ne!(set, [(a, 2), (b, 1)].into_iter().collect());
         assert_eq!(HeldDigest::from_iter([]), HeldDigest(0));
         // Of `printf 00000000-0000-0000-0000-000000000001:1 | sha256sum`.
-        assert_eq!([(a, 1)].into_iter().collect::<HeldDigest>(), HeldDigest(0x52aff933662a757c));
+        assert_eq!([(a, 1)].into_iter().collect::<HeldDigest>(), HeldDigest(0x52af_f933_662a_757c));
     }
 
     #[test]
