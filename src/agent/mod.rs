@@ -14,6 +14,8 @@
 pub mod connection;
 pub mod emitter;
 pub mod engine;
+#[cfg(test)]
+mod leaving_tests;
 mod mailbox;
 mod node;
 pub mod outbox;
@@ -22,6 +24,10 @@ mod poll;
 mod session;
 mod slots;
 mod stream;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -271,6 +277,7 @@ enum End {
 }
 
 /// What happens inside the runner.
+#[derive(Clone, Copy)]
 enum Local {
     Stop,
     Drain,

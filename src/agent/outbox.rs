@@ -459,3 +459,7 @@ impl Outbox {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+#[path = "outbox_tests.rs"]
+mod tests;

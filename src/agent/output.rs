@@ -55,7 +55,7 @@ pub struct Opening {
 
 enum State {
     Opening(BoxFuture<'static, Result<Streaming<OutputResponse>, Status>>),
-    Open(Streaming<OutputResponse>),
+    Open(Box<Streaming<OutputResponse>>),
     Waiting(BoxFuture<'static, ()>),
 }
 
@@ -87,7 +87,7 @@ impl Link {
         loop {
             match &mut self.state {
                 State::Opening(opening) => match opening.await {
-                    Ok(stream) => self.state = State::Open(stream),
+                    Ok(stream) => self.state = State::Open(Box::new(stream)),
                     Err(status) => return self.broken(status),
                 },
                 State::Open(stream) => match stream.message().await {

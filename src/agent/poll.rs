@@ -131,19 +131,13 @@ impl Agent {
                 }
                 Some((key, reported)) = reports.next(), if !reports.is_empty() => {
                     reporting.remove(&key);
-                    self.on_reported(key, reported)?;
+                    self.on_reported(key, reported);
                 }
-                () = poll_fn(|cx| match mailbox.poll_ready(cx.waker()) {
-                    true => Poll::Ready(()),
-                    false => Poll::Pending,
-                }), if sending.is_none() => {
+                () = poll_fn(|cx| when(mailbox.poll_ready(cx.waker()))), if sending.is_none() => {
                     let (messages, seq) = self.mailbox.take();
                     sending = Some((seq, self.call(channel.clone(), messages, Duration::ZERO)));
                 }
-                () = poll_fn(|cx| match outbox.poll_ready(cx.waker(), |key| reporting.contains(&key)) {
-                    true => Poll::Ready(()),
-                    false => Poll::Pending,
-                }), if more => {
+                () = poll_fn(|cx| when(outbox.poll_ready(cx.waker(), |key| reporting.contains(&key)))), if more => {
                     let batch = self.outbox.take(carrier, MAX_BATCH, |key| reporting.contains(&key));
                     let batch = batch.unwrap_or_default();
                     for lease in batch.leases {
@@ -228,11 +222,7 @@ impl Agent {
         }))
     }
 
-    fn on_reported(
-        &mut self,
-        key: Key,
-        reported: Result<pb::ReportTaskEventsResponse, Status>,
-    ) -> Result<(), Status> {
+    fn on_reported(&mut self, key: Key, reported: Result<pb::ReportTaskEventsResponse, Status>) {
         let error = match reported {
             Ok(answer) => {
                 self.on_acks(vec![pb::LeaseAck {
@@ -243,7 +233,7 @@ impl Agent {
                     error: None,
                     resend_from: 0,
                 }]);
-                return Ok(());
+                return;
             }
             Err(error) => error,
         };
@@ -259,8 +249,12 @@ impl Agent {
                 self.outbox.resend_kept(key);
             }
         }
-        Ok(())
     }
+}
+
+/// Ready when `condition` holds.
+fn when(condition: bool) -> Poll<()> {
+    if condition { Poll::Ready(()) } else { Poll::Pending }
 }
 
 fn bounded<T: Send + 'static>(

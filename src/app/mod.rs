@@ -83,8 +83,12 @@ impl App {
         let data_dir = &config.storage.data_dir;
         let lock = place::lock_data_dir(data_dir)?;
         let path = data_dir.join("baton.db");
-        let db =
-            Db::open(&path).await.with_context(|| format!("cannot open {}", path.display()))?;
+        let db = if clock.is_simulated() {
+            Db::open_simulated(&path).await
+        } else {
+            Db::open(&path).await
+        };
+        let db = db.with_context(|| format!("cannot open {}", path.display()))?;
         db.set_headroom(config.storage.min_free);
         let supervisor = Supervisor::new();
         let metrics = Metrics::new();
@@ -130,7 +134,10 @@ impl App {
         loops.spawn_loop("timers", parts.timers.clone().run(ledger.clone(), clock.clone()));
         let recorder = Recorder::new(relay.clone(), ledger.clone(), clock.clone(), metrics.clone());
         loops.spawn_flushing_loop("recorder", recorder.run(loops.last_call()));
-        loops.spawn_loop("archive", Archiver::new(db.clone(), blobs, clock.clone()).run());
+        // File work waits for real time, which a simulation has none of.
+        if !clock.is_simulated() {
+            loops.spawn_loop("archive", Archiver::new(db.clone(), blobs, clock.clone()).run());
+        }
         loops.spawn_loop("housekeeping", tasks::housekeeping::run(db.clone(), clock.clone()));
         loops.spawn_loop("storage health", db::watch_health(db.clone(), clock.clone()));
         loops.spawn_loop("lease sweep", registry.clone().run_sweep());

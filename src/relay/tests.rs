@@ -259,8 +259,8 @@ impl World {
         !reader.ended
     }
 
-    fn apply(&mut self, op: Op) {
-        match op {
+    fn apply(&mut self, op: &Op) {
+        match *op {
             Op::Append { back, count } => {
                 let next = self.log.next_index(self.attempt).unwrap();
                 let first = next.saturating_sub(back).max(1);
@@ -334,7 +334,7 @@ proptest! {
         ops in prop::collection::vec(op(), 0..120),
     ) {
         let mut world = World::new();
-        for op in ops {
+        for op in &ops {
             world.apply(op);
         }
         world.finish();

@@ -9,7 +9,10 @@ use prost::Message;
 use super::{
     archive::Archiver,
     history::{History, Options, TaskStream},
-    ledger::tests::{Bench, new_task},
+    ledger::{
+        self,
+        tests::{Bench, new_task},
+    },
     model::{Task, Usage},
     recorder::Recorder,
     recovery,
@@ -146,6 +149,25 @@ async fn a_reader_gets_the_same_bytes_from_log_segments_and_transcript() {
 }
 
 #[tokio::test]
+async fn what_could_not_be_recorded_is_recorded_later() {
+    let life = Life::new().await;
+    let (task, log) = life.running().await;
+    append(&log, &task, 1, 20);
+    let parts = life.bench.parts.clone();
+    let (dead, writer) = ledger::new(parts.clone());
+    drop(writer);
+    let failing = Recorder::new(parts.relay.clone(), dead, parts.clock, parts.metrics);
+    assert!(failing.run_once().await.is_err());
+    assert_eq!(log.durable_index(1), Some(0));
+    append(&log, &task, 21, 30);
+    assert_eq!(life.recorder.run_once().await.unwrap(), 1);
+    assert_eq!(log.durable_index(1), Some(30));
+    life.end(&task).await;
+    let whole = all(life.stored().follow(task.id, 0, Options::default())).await;
+    assert_eq!(sequences(&whole), (1..=33).collect::<Vec<_>>());
+}
+
+#[tokio::test]
 async fn a_large_transcript_is_read_window_by_window() {
     let life = Life::new().await;
     let (task, log) = life.running().await;
@@ -267,10 +289,11 @@ async fn the_text_of_a_result_is_the_last_attempts_tokens_up_to_a_limit() {
     let outcome = Outcome::Success(None);
     let event = Event::Finish { attempt: 2, outcome, usage: Usage::default() };
     let ended = life.bench.ledger.apply(first.id, event).await.unwrap();
-    let wanted: String = (base + 1..base + 4)
+    let tokens: Vec<String> = (base + 1..base + 4)
         .filter(|sequence| sequence % 10 != 0)
         .map(|sequence| format!("t{sequence} "))
         .collect();
+    let wanted = tokens.concat();
     assert_eq!(life.stored().text(&ended, 1_000).await.unwrap(), (wanted.clone(), false));
     let (cut, was_cut) = life.stored().text(&ended, wanted.len() - 1).await.unwrap();
     assert!(was_cut && wanted.starts_with(&cut));

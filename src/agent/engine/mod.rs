@@ -152,7 +152,7 @@ impl Failure {
 
     /// Adds a fact.
     #[must_use]
-    pub fn with(mut self, key: &str, value: impl ToString) -> Self {
+    pub fn with(mut self, key: &str, value: impl std::fmt::Display) -> Self {
         self.metadata.insert(key.into(), value.to_string());
         self
     }

@@ -82,7 +82,8 @@ fn answer(status: &str, kind: &str, body: &str) -> String {
 }
 
 fn sse(chunks: &[Value]) -> String {
-    chunks.iter().map(|chunk| format!("data: {chunk}\n\n")).collect::<String>() + "data: [DONE]\n\n"
+    let events: Vec<_> = chunks.iter().map(|chunk| format!("data: {chunk}\n\n")).collect();
+    events.concat() + "data: [DONE]\n\n"
 }
 
 async fn failure(answer: String) -> Failure {
