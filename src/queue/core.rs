@@ -42,6 +42,8 @@ pub(super) struct Core {
     pub lanes: Slab<Lane>,
     pub supplies: Supplies,
     pub services: HashMap<String, Service>,
+    /// Buckets of the tasks that run.
+    pub running: HashMap<TaskId, u32>,
     sessions: Sessions,
     tidy_at: usize,
 }
@@ -115,6 +117,7 @@ impl Core {
             lanes: Slab::default(),
             supplies: Supplies::default(),
             services: HashMap::new(),
+            running: HashMap::new(),
             sessions: Sessions::default(),
             tidy_at: TIDY_AT,
         }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     clock::{Micros, Mono},
-    id::Namespace,
+    id::{Namespace, TaskId},
 };
 
 /// Time constant of the start rate, in seconds.
@@ -61,29 +61,30 @@ impl Service {
 }
 
 impl Core {
-    pub(super) fn started(&mut self, namespace: &Namespace, model: &str, now: Mono) {
-        let namespace = self.namespace(namespace);
-        let bucket = self.bucket(namespace, model);
-        self.buckets[bucket].running += 1;
+    pub(super) fn started(&mut self, namespace: &Namespace, model: &str, id: TaskId, now: Mono) {
+        let bucket = self.resumed(namespace, model, id);
         self.buckets[bucket].starts.count(now);
     }
 
-    pub(super) fn resumed(&mut self, namespace: &Namespace, model: &str) {
+    pub(super) fn resumed(&mut self, namespace: &Namespace, model: &str, id: TaskId) -> u32 {
         let namespace = self.namespace(namespace);
         let bucket = self.bucket(namespace, model);
-        self.buckets[bucket].running += 1;
+        if self.running.insert(id, bucket).is_none() {
+            self.buckets[bucket].running += 1;
+        }
+        bucket
     }
 
     pub(super) fn finished(
         &mut self,
-        namespace: &Namespace,
         model: &str,
+        id: TaskId,
         execution: Duration,
         succeeded: bool,
     ) {
-        if let Some(bucket) = self.find_bucket(namespace, model) {
-            let bucket = &mut self.buckets[bucket];
-            bucket.running = bucket.running.saturating_sub(1);
+        // A bucket with running tasks is never dropped.
+        if let Some(bucket) = self.running.remove(&id) {
+            self.buckets[bucket].running -= 1;
         }
         if succeeded {
             self.services.entry(model.to_owned()).or_default().add(execution.as_secs_f64());

@@ -141,28 +141,20 @@ impl Queue {
         self.len() == 0
     }
 
-    /// Counts an attempt that started after `waited`.
-    pub fn started(&self, namespace: &Namespace, model: &str, waited: Duration) {
-        tracing::trace!(%namespace, model, waited_us = waited.as_micros(), "attempt started");
-        self.0.core.lock().started(namespace, model, self.0.clock.mono());
+    /// Counts a task as running, and into the start rate.
+    pub fn started(&self, namespace: &Namespace, model: &str, id: TaskId) {
+        self.0.core.lock().started(namespace, model, id, self.0.clock.mono());
     }
 
-    /// Counts an attempt found running at start: like [`started`](Queue::started), without
-    /// counting into the start rate.
-    pub fn resumed(&self, namespace: &Namespace, model: &str) {
-        self.0.core.lock().resumed(namespace, model);
+    /// Counts a task found running in the database; nothing changes when it is known to run.
+    pub fn resumed(&self, namespace: &Namespace, model: &str, id: TaskId) {
+        self.0.core.lock().resumed(namespace, model, id);
     }
 
-    /// Counts the end of a started or resumed attempt, however it ended. Only the time of those
-    /// that succeeded goes into the estimates.
-    pub fn finished(
-        &self,
-        namespace: &Namespace,
-        model: &str,
-        execution: Duration,
-        succeeded: bool,
-    ) {
-        self.0.core.lock().finished(namespace, model, execution, succeeded);
+    /// Says that a task runs no more, however its attempt ended. Only the time of attempts that
+    /// succeeded goes into the estimates.
+    pub fn finished(&self, model: &str, id: TaskId, execution: Duration, succeeded: bool) {
+        self.0.core.lock().finished(model, id, execution, succeeded);
     }
 
     /// When a task like this would start, were it added now; or when it starts, if it waits.

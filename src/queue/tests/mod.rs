@@ -221,8 +221,8 @@ fn estimates_follow_measured_service_times() {
     queue.push_all((0..19).map(entry));
     assert_eq!(queue.estimate(&wanted).predicted_start, None);
     for _ in 0..50 {
-        queue.started(&ns, "a/m", Duration::ZERO);
-        queue.finished(&ns, "a/m", Duration::from_secs(10), true);
+        queue.started(&ns, "a/m", id(0));
+        queue.finished("a/m", id(0), Duration::from_secs(10), true);
     }
     let estimate = queue.estimate(&wanted);
     assert_eq!(estimate.position, 20);
@@ -280,7 +280,8 @@ fn numbers_of_a_queue_add_up() {
     queue.push(Entry { not_before: Some(clock.now() + Duration::from_secs(9)), ..entry(9) });
     clock.advance(Duration::from_secs(5));
     assert_eq!(take(&queue, &clock), [0]);
-    queue.started(&ns, "a/m", Duration::ZERO);
+    queue.started(&ns, "a/m", id(0));
+    queue.resumed(&ns, "a/m", id(0));
     queue.assigned(SupplyKey(1), 0, SupplyState::Ready);
     let stats = queue.stats(&ns, "a/m");
     assert_eq!((stats.depth, stats.delayed, stats.running), (2, 1, 1));

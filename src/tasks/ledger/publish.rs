@@ -30,7 +30,7 @@ impl Writer {
                 Effect::Started { was, now } => {
                     let ready = was.not_before.unwrap_or(was.create_time);
                     let waited = now.start_time.unwrap_or(ready).since(ready);
-                    self.parts.queue.started(&now.namespace, &now.spec.model, waited);
+                    self.parts.queue.started(&now.namespace, &now.spec.model, now.id);
                     self.parts.metrics.attempts.inc();
                     if now.attempt == 1 {
                         self.parts.metrics.wait_seconds.observe(waited.as_secs_f64());
@@ -95,7 +95,7 @@ impl Writer {
         self.parts.metrics.attempt_ends.get_or_create(&OutcomeLabel { outcome }).inc();
         let took = now.usage.map(|usage| usage.execution).unwrap_or_default();
         let succeeded = now.state == State::Succeeded;
-        self.parts.queue.finished(&now.namespace, &now.spec.model, took, succeeded);
+        self.parts.queue.finished(&now.spec.model, now.id, took, succeeded);
         if let Cause::Other(reason) = cause {
             let detail = now.error.as_ref().map(|error| error.message.clone()).unwrap_or_default();
             let (task, attempt) = (now.id, was.attempt);
