@@ -2,12 +2,18 @@
 //!
 //! The loop takes matches out of the queue, has the ledger start the attempts, and hands them to
 //! the runners' sessions. Starts of one round are committed while the next round is decided:
-//! their entries and credits are out of the queue meanwhile.
+//! their entries and credits are out of the queue meanwhile. What a nudge lost, the [`Sweep`]
+//! finds.
+
+mod sweep;
+#[cfg(test)]
+mod tests;
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
 
+pub use self::sweep::Sweep;
 use crate::{
     clock::Clock,
     error::Reason,
@@ -24,6 +30,8 @@ const ROUNDS: usize = 3;
 /// Longest pause without a look: delayed tasks start within this time, also when the wall
 /// clock jumps.
 const LOOK: Duration = Duration::from_millis(200);
+/// Pause of a round that storage refused, before its tasks are offered again.
+const REFUSED: Duration = Duration::from_millis(250);
 
 /// What the loop works with.
 #[derive(Clone)]
@@ -90,20 +98,31 @@ impl Dispatcher {
             });
             started.push((entry, runner));
         }
+        if starts.is_empty() {
+            return;
+        }
         let answers = self.ledger.start(starts).await;
+        let mut refused = Vec::new();
         for ((entry, runner), answer) in started.into_iter().zip(answers) {
             match answer {
                 Ok(task) => self.registry.assign(runner, task),
+                // What ended or runs has no business here; what storage refused has.
+                Err(error) if error.reason() == Reason::StorageUnavailable => {
+                    refused.push((entry, runner));
+                }
                 Err(error) => {
+                    tracing::debug!(task.id = %entry.id, %error, "not started");
                     self.queue.give_back(runner);
-                    // What ended or runs has no business here; what storage refused has.
-                    if error.reason() == Reason::StorageUnavailable {
-                        self.queue.push(entry);
-                    } else {
-                        tracing::debug!(task.id = %entry.id, %error, "not started");
-                    }
                 }
             }
         }
+        if refused.is_empty() {
+            return;
+        }
+        tracing::warn!(n_tasks = refused.len(), "storage refused to start tasks; trying again");
+        self.clock.sleep(REFUSED).await;
+        let (entries, runners): (Vec<_>, Vec<_>) = refused.into_iter().unzip();
+        runners.into_iter().for_each(|runner| self.queue.give_back(runner));
+        self.queue.push_all(entries);
     }
 }

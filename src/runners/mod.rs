@@ -29,7 +29,7 @@ mod registry;
 pub mod service;
 mod session;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::time::Duration;
 

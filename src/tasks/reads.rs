@@ -187,6 +187,14 @@ pub async fn queued_page(
     Ok(page.into_iter().map(|waiting| waiting.entry).collect())
 }
 
+/// How many tasks are QUEUED, in all namespaces.
+pub async fn queued_count(tx: &mut Tx) -> Result<u64> {
+    let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM tasks WHERE state = 'QUEUED'")
+        .fetch_one(tx.conn())
+        .await?;
+    Ok(count.unsigned_abs())
+}
+
 /// RUNNING tasks of all namespaces in the order of their ids, after one.
 pub async fn running_page(tx: &mut Tx, after: Option<TaskId>, limit: u32) -> Result<Vec<Task>> {
     let rows: Vec<TaskRow> = sqlx::query_as(concat!(

@@ -2,4 +2,4 @@
 
 mod leases;
 mod output;
-mod world;
+pub(crate) mod world;
