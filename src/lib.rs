@@ -90,6 +90,7 @@ pub mod grpc;
 pub mod runners;
 
 pub mod dispatch;
+pub mod queues;
 
 pub mod app;
 pub mod cli;

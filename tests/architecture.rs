@@ -53,6 +53,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "runners",
         ],
     ),
+    ("queues", KERNELS_AND_KEYS),
     // Edges.
     ("grpc", &["config", "supervisor", "telemetry", "keys"]),
     // The agent shares the pure halves of the protocol and nothing else of the server.
@@ -61,6 +62,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("agent", &["config", "supervisor", "telemetry", "runners::protocol", "grpc::status"]),
 ];
 const KERNELS: &[&str] = &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry"];
+const KERNELS_AND_KEYS: &[&str] =
+    &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys"];
 
 /// Modules that see everything: composition, the command line, the yardstick.
 const OPEN: &[&str] = &["app", "cli", "bench", "main", "lib"];

@@ -15,7 +15,7 @@ use crate::{
     clock::Clock,
     config::{self, Config},
     db::{self, Db},
-    dispatch::Dispatcher,
+    dispatch::{Dispatcher, Sweep},
     error::Error,
     events::Tail,
     grpc::{
@@ -26,10 +26,11 @@ use crate::{
     id::Entropy,
     keys::{self, Keyring},
     pb::server::{
-        key_service_server::KeyServiceServer, runner_service_server::RunnerServiceServer,
-        task_service_server::TaskServiceServer,
+        key_service_server::KeyServiceServer, queue_service_server::QueueServiceServer,
+        runner_service_server::RunnerServiceServer, task_service_server::TaskServiceServer,
     },
     queue::{self, Queue},
+    queues,
     relay::{self, Relay},
     runners::{self, Registry, RunnerLimits},
     supervisor::Supervisor,
@@ -127,6 +128,7 @@ impl App {
             supervisor.clone(),
             ports(&ledger, &db, &keyring),
         );
+        queues::load(&db, &queue).await?;
         registry.adopt(tasks::recovery::running(&parts).await?);
 
         let loops = &supervisor;
@@ -143,6 +145,8 @@ impl App {
         loops.spawn_loop("lease sweep", registry.clone().run_sweep());
         loops.spawn_loop("revocations", registry.clone().run_revocations());
         loops.spawn_loop("keys", keyring.clone().run());
+        let sweep = Sweep::new(db.clone(), queue.clone(), clock.clone());
+        loops.spawn_loop("queue sweep", sweep.run());
         let dispatcher = Dispatcher {
             queue: queue.clone(),
             ledger: ledger.clone(),
@@ -242,10 +246,12 @@ fn services(
     let limit = usize::try_from(config.limits.message).unwrap_or(usize::MAX);
     let tasks = tasks::service::Service::new(parts.clone(), ledger.clone(), supervisor.clone());
     let runners = runners::service::Service(registry.clone());
+    let queues = queues::Service::new(parts.db.clone(), parts.queue.clone(), parts.clock.clone());
     let keys = keys::Service::new(keyring.clone());
     Services::new()
         .with(TaskServiceServer::new(tasks).max_decoding_message_size(limit))
         .with(RunnerServiceServer::new(runners).max_decoding_message_size(limit))
+        .with(QueueServiceServer::new(queues).max_decoding_message_size(limit))
         .with(KeyServiceServer::new(keys).max_decoding_message_size(limit))
 }
 
