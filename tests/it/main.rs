@@ -1,0 +1,10 @@
+//! The promises of `DESIGN.md` section 2, each as tests over real gRPC: one file per theme, each
+//! test named as the claim, with the promise's number in its doc comment.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests drive the server from outside: they spawn, and measure with the real clock"
+)]
+#![allow(dead_code, reason = "the harness offers more than each moment's tests use")]
+
+mod harness;
