@@ -8,3 +8,4 @@
 #![allow(dead_code, reason = "the harness offers more than each moment's tests use")]
 
 mod harness;
+mod tasks;

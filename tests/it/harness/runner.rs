@@ -427,8 +427,9 @@ pub fn lease_reason(status: &pb::google::rpc::Status) -> String {
     status
         .details
         .iter()
-        .find_map(|any| any.to_msg::<pb::google::rpc::ErrorInfo>().ok())
-        .map(|info| info.reason)
+        .filter(|any| any.type_url.ends_with("google.rpc.ErrorInfo"))
+        .find_map(|any| prost::Message::decode(any.value.as_slice()).ok())
+        .map(|info: tonic_types::pb::ErrorInfo| info.reason)
         .unwrap_or_default()
 }
 
