@@ -7,5 +7,11 @@
 )]
 #![allow(dead_code, reason = "the harness offers more than each moment's tests use")]
 
+mod auth;
 mod harness;
+mod overload;
+mod runners;
+mod shutdown;
+mod streams;
 mod tasks;
+mod tokens;

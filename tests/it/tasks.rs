@@ -9,6 +9,7 @@ use crate::harness::{
     SOON,
     api::reason,
     checks, default, eventually,
+    local::Local,
     runner::{self, Runner},
     seconds,
     server::{FAST, Server},
@@ -25,7 +26,7 @@ fn retry(max_attempts: u32) -> pb::RetryPolicy {
 /// P1, P6: the whole path, and the end that the stream and `GetTask` agree on.
 #[tokio::test]
 async fn a_task_runs_to_one_end_that_get_and_stream_agree_on() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
     let task = api.submit_to(MODEL).await;
@@ -91,7 +92,7 @@ async fn the_same_request_id_finds_the_same_task_across_a_restart() {
 /// P2: twenty submits at once under one request id make one task.
 #[tokio::test]
 async fn a_request_id_raced_with_itself_makes_one_task() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..20 {
         let api = server.api();
@@ -106,7 +107,7 @@ async fn a_request_id_raced_with_itself_makes_one_task() {
 /// P2: another request under a used id is refused and makes nothing.
 #[tokio::test]
 async fn a_used_request_id_with_another_request_is_refused() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     api.try_submit_as(spec(MODEL), "one").await.expect("a task");
     let other = pb::TaskSpec { priority: 7, ..spec(MODEL) };
@@ -118,7 +119,7 @@ async fn a_used_request_id_with_another_request_is_refused() {
 /// P10: the connected runner hears of a cancel within 250 ms, and what it says then is void.
 #[tokio::test]
 async fn a_cancel_reaches_the_runner_in_250_ms_and_ends_the_stream() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
     let task = api.submit_to(MODEL).await;
@@ -163,7 +164,7 @@ async fn an_end_never_changes() {
 /// P11: a task that always fails is dead-lettered after its limit, each attempt's reason told.
 #[tokio::test]
 async fn a_poison_task_is_dead_lettered_with_the_reason_of_each_attempt() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
     let task = api.submit(pb::TaskSpec { retry: Some(retry(3)), ..spec(MODEL) }).await.task_id;
@@ -189,7 +190,7 @@ async fn a_poison_task_is_dead_lettered_with_the_reason_of_each_attempt() {
 /// P11: the runner's word that a retry cannot help is final.
 #[tokio::test]
 async fn a_failure_that_cannot_be_retried_is_not() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
     let task = api.submit(pb::TaskSpec { retry: Some(retry(5)), ..spec(MODEL) }).await.task_id;
@@ -202,7 +203,7 @@ async fn a_failure_that_cannot_be_retried_is_not() {
 /// P11: a hand-back is no failure of the task.
 #[tokio::test]
 async fn hand_backs_are_counted_apart_from_failures() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
     let task = api.submit(pb::TaskSpec { retry: Some(retry(1)), ..spec(MODEL) }).await.task_id;
@@ -237,7 +238,7 @@ async fn a_deadline_holds_through_a_restart() {
 /// P12: an attempt that runs too long is ended, and the runner is told to stop.
 #[tokio::test]
 async fn an_execution_timeout_ends_the_attempt_within_a_second() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
     let limits =
@@ -256,7 +257,7 @@ async fn an_execution_timeout_ends_the_attempt_within_a_second() {
 /// P12: a task that nobody starts in time expires.
 #[tokio::test]
 async fn a_start_timeout_expires_a_task_that_nobody_starts() {
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     let asked = pb::TaskSpec { start_timeout: Some(seconds(1.0)), ..spec(MODEL) };
     let started = std::time::Instant::now();
@@ -270,7 +271,7 @@ async fn a_start_timeout_expires_a_task_that_nobody_starts() {
 /// P18: a read after a write sees it, and no read goes back.
 #[tokio::test]
 async fn a_read_sees_the_write_before_it_and_states_never_go_back() {
-    let server = Server::start(FAST).await;
+    let server = Local::start(FAST).await;
     let api = server.api();
     let mut runner = Runner::connect(&api, "r1", &[MODEL], 4).await;
     for round in 0..50 {
@@ -313,7 +314,7 @@ async fn a_read_sees_the_write_before_it_and_states_never_go_back() {
 async fn heavy_ten_thousand_cancels_race_tokens_and_completion_to_one_end_each() {
     const RACES: usize = 10_000;
     const SLOTS: usize = 64;
-    let server = Server::start(&[]).await;
+    let server = Local::start(&[]).await;
     let api = server.api();
     let mut runner = Runner::connect(&api, "r1", &[MODEL], SLOTS as u32).await;
     let mut cancelled = 0;
@@ -370,7 +371,7 @@ async fn heavy_ten_thousand_cancels_race_tokens_and_completion_to_one_end_each()
 /// P3: nothing is left open once runners serve everything.
 #[tokio::test]
 async fn every_accepted_task_reaches_an_end() {
-    let server = Server::start(FAST).await;
+    let server = Local::start(FAST).await;
     let api = server.api();
     for i in 0..50 {
         let start = if i % 5 == 0 { Some(seconds(0.2)) } else { None };
