@@ -59,6 +59,19 @@ fn to_proto(value: serde_json::Value) -> Value {
     Value { kind: Some(kind) }
 }
 
+/// Whether all numbers of a struct of fine depth can be written as JSON.
+pub fn numbers_are_finite(value: &Struct) -> bool {
+    fn finite(value: &Value) -> bool {
+        match &value.kind {
+            Some(Kind::NumberValue(value)) => value.is_finite(),
+            Some(Kind::ListValue(list)) => list.values.iter().all(finite),
+            Some(Kind::StructValue(inner)) => inner.fields.values().all(finite),
+            _ => true,
+        }
+    }
+    value.fields.values().all(finite)
+}
+
 /// How deeply lists and objects may nest in what clients send.
 pub const MAX_DEPTH: usize = 64;
 

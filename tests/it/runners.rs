@@ -76,7 +76,8 @@ async fn a_completion_at_the_moment_of_expiry_counts_once() {
         if round % 3 != 0 {
             runner.output(&lease, 1, vec![], Some(runner::success())).await;
         }
-        let ack = runner.ack("an answer", &lease, |ack| ack.finished || ack.error.is_some()).await;
+        let answer = runner.ack("an answer", &lease, |ack| ack.finished || ack.error.is_some());
+        let ack = server.while_time_passes(answer).await;
         let end = api.get(&task).await;
         if ack.finished {
             won[0] += 1;

@@ -225,6 +225,9 @@ impl Check {
         if !json::depth_is_fine(value) {
             return "{}".to_owned();
         }
+        self.that(json::numbers_are_finite(value), field, || {
+            "holds NaN or an infinity, which JSON does not have".to_owned()
+        });
         let text = json::text_from_struct(value);
         self.that(text.len() <= MAX_JSON, field, || {
             format!(

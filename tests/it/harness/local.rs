@@ -1,6 +1,6 @@
 //! The server in this process, on a free port: quick to start, and its time can be moved.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{future::Future, net::SocketAddr, time::Duration};
 
 use baton::{
     app::App,
@@ -59,6 +59,19 @@ impl Local {
             left -= now;
             for _ in 0..20 {
                 tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    /// Awaits `future` while the time moves on slowly.
+    pub async fn while_time_passes<T>(&self, future: impl Future<Output = T>) -> T {
+        let mut tick = tokio::time::interval(Duration::from_millis(5));
+        tokio::pin!(future);
+        loop {
+            tokio::select! {
+                biased;
+                value = &mut future => return value,
+                _ = tick.tick() => self.clock.advance(Duration::from_millis(5)),
             }
         }
     }

@@ -17,7 +17,7 @@ use baton::{
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 
 use super::{SOON, api::Api, default, within};
 
@@ -180,7 +180,8 @@ impl Runner {
         })
     }
 
-    /// Opens new streams for the same session, with the inventory held.
+    /// Opens new streams for the same session, with the inventory held; tries again while the
+    /// network fails.
     pub async fn reconnect(self, api: &Api) -> Result<Self, Status> {
         let held = self.held.lock().clone();
         let inventory = held
@@ -203,7 +204,13 @@ impl Runner {
         let (seq, last_seen) = (self.seq, self.last_seen);
         self.beating.store(false, Ordering::Relaxed);
         drop(self);
-        let mut runner = Self::hello(api, hello).await?;
+        let mut runner = super::eventually("a welcome", SOON, || async {
+            match Self::hello(api, hello.clone()).await {
+                Err(status) if matches!(status.code(), Code::Unknown | Code::Unavailable) => None,
+                outcome => Some(outcome),
+            }
+        })
+        .await?;
         runner.revision = revision;
         if runner.welcome.resumed {
             (runner.seq, runner.last_seen) = (seq, last_seen);
