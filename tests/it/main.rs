@@ -8,10 +8,12 @@
 #![allow(dead_code, reason = "the harness offers more than each moment's tests use")]
 
 mod auth;
+mod failover;
 mod harness;
 mod overload;
 mod runners;
 mod shutdown;
+mod storage;
 mod streams;
 mod tasks;
 mod tokens;

@@ -170,12 +170,13 @@ impl Server {
         Api::new(self.addr)
     }
 
-    /// The real runner agent, connected to `addr` (this server or a link to it).
-    pub fn agent(&self, name: &str, addr: SocketAddr, args: &[&str]) -> Process {
+    /// The real runner agent with engine echo, connected to `addr`: this server or a link to it.
+    pub fn agent(&self, name: &str, addr: SocketAddr, model: &str, slots: u32) -> Process {
         let mut command = Command::new(BATON);
         command
-            .args(["runner", "start", "--server", &format!("http://{addr}"), "--id", name])
-            .args(args);
+            .args(["runner", "start", "--engine", "echo", "--model", model, "--name", name])
+            .args(["--slots", &slots.to_string()])
+            .env("BATON_ADDRESS", format!("http://{addr}"));
         Process::spawn(&mut command, &self.dir.path().join(format!("{name}.log")))
     }
 }
