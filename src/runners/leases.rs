@@ -69,6 +69,8 @@ pub struct Lease {
     pub announced: u64,
     /// Until then a resend is not asked for again.
     pub resend_asked_until: Mono,
+    /// The index that the last request for a resend named; 0 before the first.
+    pub resend_asked_from: u64,
     /// Whether the log was seen without the attempt.
     pub stale: bool,
 }

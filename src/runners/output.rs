@@ -208,7 +208,9 @@ impl Registry {
             }
         };
         if let Some(resend_from) = missing {
-            if lease.resend_asked_until <= mono {
+            // One hole is asked about once in a while, another one at once.
+            if lease.resend_asked_from != resend_from || lease.resend_asked_until <= mono {
+                lease.resend_asked_from = resend_from;
                 lease.resend_asked_until = mono + RESEND_INTERVAL;
                 if let Ok(session) = present(state, key) {
                     session.output.trouble(fence, Trouble::Missing { resend_from });

@@ -329,6 +329,7 @@ impl Registry {
             finish: None,
             announced: 0,
             resend_asked_until: mono,
+            resend_asked_from: 0,
             stale: false,
         }
     }

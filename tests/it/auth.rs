@@ -191,10 +191,7 @@ async fn no_credential_or_the_wrong_scope_opens_nothing() {
     let reads = api.with_key(&reads);
     reads.list_all().await;
     let refused = reads.try_submit(spec(MODEL)).await.expect_err("the wrong scope");
-    assert_eq!(
-        (refused.code(), &*reason(&refused)),
-        (Code::PermissionDenied, "PERMISSION_DENIED")
-    );
+    assert_eq!((refused.code(), &*reason(&refused)), (Code::PermissionDenied, "PERMISSION_DENIED"));
     let refused = Runner::hello(&reads, runner::hello("r1", &[MODEL], 1)).await;
     assert_eq!(refused.err().map(|status| status.code()), Some(Code::PermissionDenied));
     let request = pb::CreateKeyRequest { display_name: "more".into(), ..default() };

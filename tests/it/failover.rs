@@ -27,9 +27,7 @@ const MODEL: &str = "test/echo";
 /// A task of the echo engine that says `words` words, `delay_ms` apart.
 fn echo(words: usize, delay_ms: f64) -> pb::TaskSpec {
     let text = (0..words).map(|i| format!("w{i}")).collect::<Vec<_>>().join(" ");
-    let delay = prost_types::Value {
-        kind: Some(prost_types::value::Kind::NumberValue(delay_ms)),
-    };
+    let delay = prost_types::Value { kind: Some(prost_types::value::Kind::NumberValue(delay_ms)) };
     let params = prost_types::Struct { fields: [("delay_ms".to_owned(), delay)].into() };
     pb::TaskSpec { input: Some(object(&[("text", &text)])), params: Some(params), ..spec(MODEL) }
 }
@@ -122,7 +120,8 @@ async fn heavy_twenty_kills_under_load_lose_nothing_and_double_nothing() {
     assert!(acknowledged.len() > 500, "only {} submits: no load", acknowledged.len());
 
     let api = server.api();
-    let open = |tasks: &[pb::Task]| tasks.iter().filter(|t| !checks::is_terminal(t.state())).count();
+    let open =
+        |tasks: &[pb::Task]| tasks.iter().filter(|t| !checks::is_terminal(t.state())).count();
     eventually("every task has ended", 9 * SOON, || async {
         pass(Duration::from_millis(200)).await;
         (open(&api.list_all().await) == 0).then_some(())

@@ -88,11 +88,8 @@ async fn a_deadline_that_cannot_be_met_is_refused_when_asked() {
     for _ in 0..60 {
         api.submit_to(MODEL).await;
     }
-    let wanted = pb::TaskSpec {
-        start_timeout: Some(seconds(1.0)),
-        require_on_time: true,
-        ..spec(MODEL)
-    };
+    let wanted =
+        pb::TaskSpec { start_timeout: Some(seconds(1.0)), require_on_time: true, ..spec(MODEL) };
     let refused = api.try_submit(wanted).await.expect_err("sixty are ahead");
     assert_eq!(reason(&refused), "DEADLINE_UNMET");
     server.stop().await;
@@ -151,9 +148,8 @@ async fn a_flooding_namespace_does_not_starve_another() {
     let (_, loud) = crate::auth::key(&admin, "loud", &all).await;
     let (_, quiet) = crate::auth::key(&admin, "quiet", &all).await;
     let (loud, quiet) = (server.api().with_key(&loud), server.api().with_key(&quiet));
-    let requests: Vec<_> = (0..400)
-        .map(|_| pb::SubmitTaskRequest { spec: Some(spec(MODEL)), ..default() })
-        .collect();
+    let requests: Vec<_> =
+        (0..400).map(|_| pb::SubmitTaskRequest { spec: Some(spec(MODEL)), ..default() }).collect();
     loud.tasks()
         .batch_submit_tasks(pb::BatchSubmitTasksRequest { requests })
         .await

@@ -8,7 +8,6 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use crate::harness::{
     SOON,
     api::Api,
-
     disk::Disk,
     eventually, pass,
     runner::{self, Runner},

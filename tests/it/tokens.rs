@@ -4,7 +4,8 @@ use baton::pb::{self, TaskState, task_event::Body};
 use tonic::Code;
 
 use crate::harness::{
-    SOON, api::Api,
+    SOON,
+    api::Api,
     checks::{self, History},
     default,
     local::Local,

@@ -115,8 +115,7 @@ impl Api {
         task_id: &str,
         from_sequence: u64,
     ) -> Result<Streaming<pb::TaskEvent>, Status> {
-        let request =
-            pb::StreamTaskRequest { task_id: task_id.into(), from_sequence, ..default() };
+        let request = pb::StreamTaskRequest { task_id: task_id.into(), from_sequence, ..default() };
         Ok(self.tasks().stream_task(request).await?.into_inner())
     }
 
@@ -153,8 +152,7 @@ impl Api {
         let mut request = pb::ListTasksRequest { page_size: 1000, ..default() };
         let mut tasks = Vec::new();
         loop {
-            let page =
-                self.tasks().list_tasks(request.clone()).await.expect("a page").into_inner();
+            let page = self.tasks().list_tasks(request.clone()).await.expect("a page").into_inner();
             tasks.extend(page.tasks);
             if page.next_page_token.is_empty() {
                 return tasks;

@@ -7,10 +7,7 @@ use prost::Message as _;
 
 /// Whether no further attempt or event can follow.
 pub fn is_terminal(state: pb::TaskState) -> bool {
-    !matches!(
-        state,
-        pb::TaskState::Unspecified | pb::TaskState::Queued | pb::TaskState::Running
-    )
+    !matches!(state, pb::TaskState::Unspecified | pb::TaskState::Queued | pb::TaskState::Running)
 }
 
 /// The tokens of the last attempt that the events tell of.

@@ -168,8 +168,7 @@ async fn a_blocked_link_passes_nothing_and_a_healed_one_passes_what_waited() {
     proxy.block();
     near.write_all(b"held").await.unwrap();
     let mut got = [0; 4];
-    let early =
-        tokio::time::timeout(Duration::from_millis(100), far.read_exact(&mut got)).await;
+    let early = tokio::time::timeout(Duration::from_millis(100), far.read_exact(&mut got)).await;
     assert!(early.is_err(), "a blocked link let {got:?} through");
     proxy.heal();
     let what = "bytes after the heal";

@@ -107,8 +107,9 @@ impl Runner {
         let connect = api.runners().connect(Request::new(ReceiverStream::new(requests))).await;
         let mut answers = within("Connect", SOON, async { connect }).await?.into_inner();
         let first = within("Welcome", SOON, answers.message()).await?;
-        let Some(pb::ConnectResponse { body: Some(connect_response::Body::Welcome(welcome)), .. }) =
-            first
+        let Some(pb::ConnectResponse {
+            body: Some(connect_response::Body::Welcome(welcome)), ..
+        }) = first
         else {
             panic!("the first message is not Welcome but {first:?}");
         };
@@ -124,11 +125,8 @@ impl Runner {
         let (output, requests) = mpsc::channel(64);
         let (forward, acks) = mpsc::channel(4096);
         let session_id = welcome.session_id.clone();
-        let first = pb::OutputRequest {
-            seq: 1,
-            hello: Some(pb::OutputHello { session_id }),
-            ..default()
-        };
+        let first =
+            pb::OutputRequest { seq: 1, hello: Some(pb::OutputHello { session_id }), ..default() };
         output.send(first).await.expect("room for the first message");
         let mut runners = api.runners();
         tokio::spawn(async move {
@@ -314,8 +312,7 @@ impl Runner {
             .await;
         let key = (assign.task_id.clone(), assign.attempt);
         self.held.lock().insert(key, 0);
-        let accept =
-            pb::Accept { task_id: assign.task_id.clone(), attempt: assign.attempt };
+        let accept = pb::Accept { task_id: assign.task_id.clone(), attempt: assign.attempt };
         self.send(connect_request::Body::Accept(accept)).await;
         assign
     }
@@ -356,8 +353,7 @@ impl Runner {
             events,
             finish,
         };
-        let message =
-            pb::OutputRequest { seq: self.output_seq, leases: vec![events], ..default() };
+        let message = pb::OutputRequest { seq: self.output_seq, leases: vec![events], ..default() };
         self.output.send(message).await.expect("an open output stream");
     }
 
@@ -382,6 +378,32 @@ impl Runner {
                     return ack;
                 }
                 self.acks_aside.push_back(ack);
+            }
+        })
+        .await
+    }
+
+    /// Waits until the server says what became of a Finish: true when it was kept, false when the
+    /// lease had ended, which either stream may tell.
+    pub async fn verdict(&mut self, lease: &pb::Assign) -> bool {
+        within("a verdict", SOON, async {
+            loop {
+                tokio::select! {
+                    ack = self.acks.recv() => {
+                        let ack = ack.expect("an open output stream").expect("an ack");
+                        if ack.task_id == lease.task_id && (ack.finished || ack.error.is_some()) {
+                            return ack.finished;
+                        }
+                    }
+                    message = self.from_server.recv() => {
+                        let message = message.expect("an open control stream").expect("a message");
+                        if let Some(connect_response::Body::Cancel(cancel)) = message.body
+                            && cancel.task_id == lease.task_id
+                        {
+                            return false;
+                        }
+                    }
+                }
             }
         })
         .await
@@ -460,11 +482,8 @@ async fn beat(
         for (task_id, attempt) in &held {
             digest.toggle(task_id.parse().expect("a task id"), *attempt);
         }
-        let heartbeat = pb::RunnerHeartbeat {
-            held_digest: digest.0,
-            held: held.len() as u32,
-            ..default()
-        };
+        let heartbeat =
+            pb::RunnerHeartbeat { held_digest: digest.0, held: held.len() as u32, ..default() };
         let message = pb::ConnectRequest {
             body: Some(connect_request::Body::Heartbeat(heartbeat)),
             ..default()

@@ -79,7 +79,12 @@ impl Drop for Process {
             eprintln!("--- end of {} ---\n{}", self.log.display(), self.tail());
         } else {
             let log = self.read_log();
-            assert!(!log.contains("panicked"), "a panic in {}: {}", self.log.display(), self.tail());
+            assert!(
+                !log.contains("panicked"),
+                "a panic in {}: {}",
+                self.log.display(),
+                self.tail()
+            );
         }
     }
 }
