@@ -30,8 +30,9 @@ use crate::{
 const CONNECT: &str = "/baton.v1.RunnerService/Connect";
 const OUTPUT: &str = "/baton.v1.RunnerService/Output";
 
-/// The server is told what was processed after this many of its messages at the latest.
-const ACK_EVERY: u64 = 32;
+/// The server is told what was processed after this many of its messages at the latest; it
+/// keeps a few thousand.
+const ACK_EVERY: u64 = 1024;
 
 /// An attempt that the runner holds.
 #[derive(Clone, Debug)]
