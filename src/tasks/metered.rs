@@ -2,6 +2,7 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -25,7 +26,7 @@ const EVERY: Duration = Duration::from_secs(1);
 /// A stream with figures in between.
 pub struct Metered {
     stream: TaskStream,
-    task: Task,
+    task: Arc<Task>,
     tagged: bool,
     parts: Parts,
     tick: BoxFuture<'static, ()>,
@@ -36,7 +37,7 @@ pub struct Metered {
 
 impl Metered {
     /// Adds figures to the stream of `task`.
-    pub fn new(stream: TaskStream, task: Task, tagged: bool, parts: Parts) -> Self {
+    pub fn new(stream: TaskStream, task: Arc<Task>, tagged: bool, parts: Parts) -> Self {
         let tick = Box::pin(parts.clock.sleep(Duration::ZERO));
         let (tokens_in, attempt) = (task.usage.map_or(0, |usage| usage.tokens_in), task.attempt);
         Self { stream, task, tagged, parts, tick, tokens_in, tokens_out: 0, attempt }

@@ -59,13 +59,18 @@ impl Service {
         Self { parts, ledger, history, supervisor }
     }
 
-    async fn read(&self, caller: &Principal, id: TaskId) -> Result<Task> {
+    async fn read(&self, caller: &Principal, id: TaskId) -> Result<Arc<Task>> {
         caller.check_task(id)?;
+        let at_hand = self.ledger.open_task(id);
+        if let Some(task) = at_hand.filter(|task| task.namespace == caller.namespace) {
+            return Ok(task);
+        }
         let namespace = caller.namespace.clone();
         self.parts
             .db
             .read(move |tx| Box::pin(async move { reads::get(tx, &namespace, id).await }))
             .await
+            .map(Arc::new)
     }
 
     async fn artifacts(&self, id: TaskId) -> Result<Vec<pb::ArtifactEvent>> {
@@ -86,13 +91,13 @@ impl Service {
     async fn cancel(&self, caller: &Principal, id: TaskId, reason: String) -> Result<Arc<Task>> {
         let task = self.read(caller, id).await?;
         if task.state.is_terminal() {
-            return Ok(Arc::new(task));
+            return Ok(task);
         }
         let cancel = Event::Cancel { reason, by: caller.name.clone() };
         match self.ledger.apply(id, cancel).await {
             // It ended meanwhile.
             Err(error) if error.reason() == Reason::StateConflict => {
-                self.read(caller, id).await.map(Arc::new)
+                self.read(caller, id).await
             }
             answer => answer,
         }
@@ -245,7 +250,8 @@ impl TaskService for Service {
         let caller = principal(&request)?;
         let id = checked::task_id("task_id", &request.get_ref().task_id)?;
         let task = self.read(&caller, id).await?;
-        let artifacts = self.artifacts(id).await?;
+        // Artifacts are made by attempts.
+        let artifacts = if task.attempt == 0 { Vec::new() } else { self.artifacts(id).await? };
         Ok(Response::new(convert::task(&task, View::Full, artifacts)))
     }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Answer, Ask, Command, NewTask, Parts, Submitted,
+    Answer, Ask, Command, NewTask, OpenTasks, Parts, Submitted,
     refused::{lease_lost, refused},
 };
 use crate::{
@@ -137,11 +137,11 @@ impl Batch {
         self.frozen.clear();
     }
 
-    /// Reads what the commands are about: from `cache`, else from the database.
+    /// Reads what the commands are about: from `open`, else from the database.
     pub(super) async fn load(
         &mut self,
         tx: &mut Tx,
-        cache: &HashMap<TaskId, Arc<Task>>,
+        open: &OpenTasks,
         parts: &Parts,
     ) -> Result<()> {
         let since = parts.clock.now() - store::REQUEST_ID_TTL;
@@ -166,8 +166,8 @@ impl Batch {
         }
         let mut missing = Vec::new();
         for id in wanted {
-            match cache.get(&id) {
-                Some(task) => self.put(task.clone()),
+            match open.get(id) {
+                Some(task) => self.put(task),
                 None => missing.push(id),
             }
         }

@@ -7,16 +7,17 @@
 //! each of those can lose what it was told, and a sweep makes it good.
 
 mod batch;
+mod open;
 mod publish;
 mod refused;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use self::batch::Batch;
+use self::{batch::Batch, open::OpenTasks};
 pub use self::{publish::queue_entry, refused::lease_lost};
 use super::{
     model::{Spec, Task},
@@ -39,10 +40,6 @@ use crate::{
 const WAITING: usize = 8192;
 /// Most commands in one transaction, so that none waits long for its neighbours.
 const BATCH: usize = 512;
-/// Open tasks whose rows are kept at hand.
-const CACHED: usize = 16_384;
-/// Rows with a longer input than this are not kept at hand.
-const CACHED_INPUT: usize = 64 << 10;
 
 /// A task to accept.
 #[derive(Clone, Debug)]
@@ -112,7 +109,10 @@ struct Command {
 
 /// A handle to the ledger; clones share it.
 #[derive(Clone, Debug)]
-pub struct Ledger(mpsc::Sender<Command>);
+pub struct Ledger {
+    commands: mpsc::Sender<Command>,
+    open: OpenTasks,
+}
 
 /// What the loop works with.
 #[derive(Clone)]
@@ -142,16 +142,23 @@ pub struct Writer {
     commands: mpsc::Receiver<Command>,
     parts: Parts,
     /// Rows of open tasks, as they are in the database: this loop is their only writer.
-    cache: HashMap<TaskId, Arc<Task>>,
+    open: OpenTasks,
 }
 
 /// Makes a ledger.
 pub fn new(parts: Parts) -> (Ledger, Writer) {
     let (sender, commands) = mpsc::channel(WAITING);
-    (Ledger(sender), Writer { commands, parts, cache: HashMap::new() })
+    let open = OpenTasks::default();
+    (Ledger { commands: sender, open: open.clone() }, Writer { commands, parts, open })
 }
 
 impl Ledger {
+    /// An open task as it was committed last, without a look into the database; `None` when
+    /// its row is not at hand.
+    pub fn open_task(&self, id: TaskId) -> Option<Arc<Task>> {
+        self.open.get(id)
+    }
+
     /// Accepts tasks; each has its own outcome.
     pub async fn submit(&self, new: Vec<NewTask>) -> Vec<Result<Submitted>> {
         let asks = new.into_iter().map(|new| Ask::Submit(Box::new(new)));
@@ -200,7 +207,7 @@ impl Ledger {
         for ask in asks {
             let (reply, answer) = oneshot::channel();
             // When the loop is gone the reply is dropped with the command.
-            let _ = self.0.send(Command { ask, reply }).await;
+            let _ = self.commands.send(Command { ask, reply }).await;
             replies.push(answer);
         }
         let mut answers = Vec::with_capacity(replies.len());
@@ -271,7 +278,7 @@ impl Writer {
         let began = self.parts.clock.mono();
         let mut write = self.parts.db.begin().await?;
         let done = async {
-            batch.load(write.tx(), &self.cache, &self.parts).await?;
+            batch.load(write.tx(), &self.open, &self.parts).await?;
             batch.apply(&self.parts);
             batch.save(write.tx()).await
         };
@@ -289,7 +296,7 @@ impl Writer {
     /// nothing that was at hand is trusted.
     fn fail(&mut self, batch: Batch, error: &Error) {
         tracing::error!(error = ?error, commands = batch.len(), "nothing was committed");
-        self.cache.clear();
+        self.open.clear();
         batch.fail(error);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::{
-    CACHED, CACHED_INPUT, Writer,
+    Writer,
     batch::{Batch, Cause, Effect},
 };
 use crate::{
@@ -25,7 +25,7 @@ impl Writer {
                     self.parts.timers.watch(&task);
                     self.parts.queue.push(queue_entry(&task));
                     self.parts.metrics.submits.inc();
-                    self.keep(task);
+                    self.open.keep(task);
                 }
                 Effect::Started { was, now } => {
                     let ready = was.not_before.unwrap_or(was.create_time);
@@ -35,12 +35,12 @@ impl Writer {
                     if now.attempt == 1 {
                         self.parts.metrics.wait_seconds.observe(waited.as_secs_f64());
                     }
-                    self.keep(now);
+                    self.open.keep(now);
                 }
                 Effect::Requeued { was, now, cause } => {
                     self.attempt_ended(&was, &now, cause);
                     self.parts.queue.push(queue_entry(&now));
-                    self.keep(now);
+                    self.open.keep(now);
                 }
                 Effect::Ended { was, now, cause } => {
                     if was.state == State::Running {
@@ -50,7 +50,7 @@ impl Writer {
                     }
                     let state = now.state.as_str();
                     self.parts.metrics.ends.get_or_create(&StateLabel { state }).inc();
-                    self.cache.remove(&now.id);
+                    self.open.remove(now.id);
                     log_end(&now);
                 }
             }
@@ -100,13 +100,6 @@ impl Writer {
             let detail = now.error.as_ref().map(|error| error.message.clone()).unwrap_or_default();
             let (task, attempt) = (now.id, was.attempt);
             self.parts.queue.revoke(Revocation { task, attempt, reason, detail });
-        }
-    }
-
-    fn keep(&mut self, task: Arc<Task>) {
-        let known = self.cache.contains_key(&task.id);
-        if known || (self.cache.len() < CACHED && task.spec.input.len() <= CACHED_INPUT) {
-            self.cache.insert(task.id, task);
         }
     }
 }
