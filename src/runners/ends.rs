@@ -11,7 +11,7 @@ use super::{
     model::{Fence, ToRunner, Trouble},
     protocol::Backoff,
     registry::State,
-    session::{Attached, Session, superseded},
+    session::{Attached, Session, superseded, taken_over},
 };
 use crate::{
     clock::Mono,
@@ -198,6 +198,7 @@ impl Registry {
         for link in session.attached.link().into_iter().chain(&session.output.link) {
             link.end(match left {
                 Left::InPeace(_) => None,
+                Left::TakenOver => Some(taken_over(&session.profile.runner)),
                 Left::Replaced | Left::Lost(_) => Some(superseded()),
             });
         }
@@ -208,7 +209,7 @@ impl Registry {
             let Some(lease) = state.leases.of_task(task) else { continue };
             let end = match left {
                 // The Hello that replaces it decides.
-                Left::Replaced => continue,
+                Left::Replaced | Left::TakenOver => continue,
                 Left::InPeace(why) => End::HandBack(why.to_owned()),
                 Left::Lost(why) if lease.is_reached(acked_seq) => End::Lose(why.to_owned()),
                 Left::Lost(why) => End::HandBack(why.to_owned()),
@@ -330,8 +331,10 @@ impl Registry {
 pub(super) enum Left<'a> {
     /// The runner said Bye.
     InPeace(&'a str),
-    /// A new session of the same runner takes its place.
+    /// A new session of the same process takes its place.
     Replaced,
+    /// A session of another process with the same name takes its place.
+    TakenOver,
     /// The runner did not come back.
     Lost(&'a str),
 }

@@ -10,7 +10,7 @@ use super::{
     model::{Fence, Held, Hello, Verdict, Welcome},
     protocol::negotiate,
     registry::State,
-    session::{Attached, Session},
+    session::{Attached, Session, taken_over},
 };
 use crate::{
     error::Result,
@@ -41,7 +41,10 @@ impl Registry {
         });
         let (key, resumed) = match known {
             Some(key) => (key, true),
-            None => (self.new_session(state, namespace, &hello), false),
+            None => {
+                Self::check_name(state, namespace, &hello)?;
+                (self.new_session(state, namespace, &hello), false)
+            }
         };
 
         let (now, mono) = self.times();
@@ -74,11 +77,33 @@ impl Registry {
         Ok((key, Welcome { version, session: id, resumed, verdicts, last_seq }))
     }
 
+    /// Fails when a process comes back whose name another one took over meanwhile: of two, the
+    /// newer serves, and they do not take the name from each other for ever.
+    fn check_name(state: &State, namespace: &Namespace, hello: &Hello) -> Result<()> {
+        let name = (namespace.clone(), hello.profile.runner.clone());
+        let present = state.by_runner.get(&name).and_then(|key| state.sessions.get(key));
+        match present {
+            Some(present)
+                if hello.session.is_some()
+                    && present.is_connected()
+                    && present.profile.instance != hello.profile.instance =>
+            {
+                Err(taken_over(&hello.profile.runner))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Makes a session, which replaces another one of the same runner.
     fn new_session(&self, state: &mut State, namespace: &Namespace, hello: &Hello) -> SupplyKey {
         let name = (namespace.clone(), hello.profile.runner.clone());
         if let Some(before) = state.by_runner.get(&name).copied() {
-            self.drop_session(state, before, Left::Replaced);
+            let same_process = state
+                .sessions
+                .get(&before)
+                .is_some_and(|session| session.profile.instance == hello.profile.instance);
+            let left = if same_process { Left::Replaced } else { Left::TakenOver };
+            self.drop_session(state, before, left);
         }
         let key = state.next_key();
         let id: Arc<str> =

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     clock::{Micros, Mono},
     error::{Error, Kind, Reason, Result},
-    id::Namespace,
+    id::{Namespace, RunnerId},
     queue::{SupplyKey, SupplyState},
     runners::{
         model::{Announcement, Fence, LeaseAck, Profile, ToRunner, Trouble},
@@ -227,9 +227,12 @@ impl Session {
 
     /// Makes `attached` the only connection.
     pub fn attach(&mut self, attached: Attached) {
+        // A runner that polls has calls under way at once: the earlier one just returns.
+        let both_poll =
+            matches!((&self.attached, &attached), (Attached::Poll(_), Attached::Poll(_)));
         let before = std::mem::replace(&mut self.attached, attached);
         if let Some(link) = before.link() {
-            link.end(Some(superseded()));
+            link.end((!both_poll).then(superseded));
         }
         self.outbox.rewind();
         self.inventory_asked = false;
@@ -338,6 +341,12 @@ impl Session {
 /// Another connection of the same session took over.
 pub fn superseded() -> Error {
     Error::new(Kind::Aborted, Reason::Conflict, "a newer connection of this runner took over")
+}
+
+/// Another process of the same name took over.
+pub fn taken_over(runner: &RunnerId) -> Error {
+    let message = format!("another process took over the name of runner `{runner}`");
+    Error::new(Kind::AlreadyExists, Reason::AlreadyExists, message)
 }
 
 /// The runner does not keep up its side.
