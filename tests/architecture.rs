@@ -176,8 +176,9 @@ fn faults(source: &Source) -> Vec<String> {
         return faults;
     }
     let serves = matches!(source.role(), "service" | "convert");
-    let at_edge =
-        OPEN.contains(&module) || matches!(module, "grpc" | "agent" | "client" | "telemetry") || serves;
+    let at_edge = OPEN.contains(&module)
+        || matches!(module, "grpc" | "agent" | "client" | "telemetry")
+        || serves;
     if let Some(edges) = edges {
         for (first, second) in source.crate_paths() {
             let deep = format!("{first}::{}", second.as_deref().unwrap_or_default());

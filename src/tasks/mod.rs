@@ -10,17 +10,15 @@ pub mod convert;
 pub mod history;
 pub mod housekeeping;
 pub mod ledger;
-pub mod metered;
 pub mod model;
-pub mod reads;
 pub mod recorder;
 pub mod recovery;
 pub mod service;
 pub mod state;
 pub mod store;
-mod submit;
 #[cfg(test)]
 mod tests;
 pub mod timers;
-pub mod transcripts;
 pub mod watch;
+
+pub use self::store::{reads, transcripts};

@@ -3,19 +3,19 @@
 use prost::Message;
 use sha2::{Digest, Sha256};
 
-use super::{
-    convert::{self, View, request as checked},
-    ledger::{self, NewTask, queue_entry},
-    model::{State, Task},
-    service::Service,
-    state::Event,
-    store,
-};
+use super::Service;
 use crate::{
     error::{Error, Kind, Reason, Result, reason_name},
     keys::Principal,
     pb,
     queue::Admission,
+    tasks::{
+        convert::{self, View, request as checked},
+        ledger::{self, NewTask, queue_entry},
+        model::{State, Task},
+        state::Event,
+        store,
+    },
     telemetry::{ReasonLabel, TraceParent},
 };
 

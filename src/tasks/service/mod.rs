@@ -1,22 +1,15 @@
 //! TaskService: decode, act, encode. Decisions are made in `state`, `queue` and `convert`.
 
+mod metered;
+mod submit;
+
 use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, StreamExt, future::try_join_all, stream};
 use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
 
-use super::{
-    convert::{self, View, explain, request as checked},
-    history::{History, Options},
-    ledger::{Ledger, NewTask, Parts},
-    metered::Metered,
-    model::{State, Task},
-    reads,
-    state::Event,
-    submit::Ready,
-    watch,
-};
+use self::{metered::Metered, submit::Ready};
 use crate::{
     db::page,
     error::{Error, Reason, Result},
@@ -26,6 +19,15 @@ use crate::{
     keys::Principal,
     pb::{self, Frame, server::task_service_server::TaskService},
     supervisor::Supervisor,
+    tasks::{
+        convert::{self, View, explain, request as checked},
+        history::{History, Options},
+        ledger::{Ledger, NewTask, Parts},
+        model::{State, Task},
+        reads,
+        state::Event,
+        watch,
+    },
     telemetry::TraceParent,
 };
 

@@ -1,15 +1,18 @@
 //! SQL of the `tasks` and `request_ids` tables: rows in, rows out, many at a time.
 
+pub mod reads;
+pub mod transcripts;
+
 use std::time::Duration;
 
 use sqlx::{FromRow, Row, sqlite::SqliteRow};
 
-use super::model::{Spec, Task};
 use crate::{
     clock::Micros,
     db::{Bulk, Tx, chunks},
     error::{Error, Result},
     id::{Namespace, TaskId},
+    tasks::model::{Spec, Task},
 };
 
 /// How long a request_id is remembered.

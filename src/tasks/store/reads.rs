@@ -4,17 +4,17 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use sqlx::FromRow;
 
-use super::{
-    model::{State, Task},
-    state::Limit,
-    store::{TaskRow, columns},
-};
+use super::{TaskRow, columns};
 use crate::{
     clock::Micros,
     db::Tx,
     error::{Error, Result},
     id::{Namespace, TaskId},
     queue,
+    tasks::{
+        model::{State, Task},
+        state::Limit,
+    },
 };
 
 /// The task, if it is in the namespace.

@@ -9,15 +9,15 @@ use std::{
 
 use futures_util::{Stream, future::BoxFuture};
 
-use super::{
-    history::{TaskStream, tag},
-    ledger::{Parts, queue_entry},
-    model::Task,
-};
 use crate::{
     error::Result,
     events::frame,
     pb::{self, Frame, task_event::Body},
+    tasks::{
+        history::{TaskStream, tag},
+        ledger::{Parts, queue_entry},
+        model::Task,
+    },
 };
 
 /// Between two figures.
