@@ -7,10 +7,12 @@
 )]
 #![allow(dead_code, reason = "the harness offers more than each moment's tests use")]
 
+mod agent;
 mod auth;
 mod failover;
 mod harness;
 mod overload;
+mod runner_command;
 mod runners;
 mod shutdown;
 mod storage;

@@ -35,7 +35,8 @@ impl Local {
         Self::start_in(tempfile::tempdir().expect("a directory"), clock, env).await
     }
 
-    async fn start_in(dir: TempDir, clock: Clock, env: &[(&str, &str)]) -> Self {
+    /// One on data that are there.
+    pub async fn start_in(dir: TempDir, clock: Clock, env: &[(&str, &str)]) -> Self {
         let config = config(&dir, env);
         let app = App::start(config, clock.clone(), Entropy::system()).await.expect("a server");
         Self { addr: app.addr, app, clock, dir }
