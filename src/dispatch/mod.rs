@@ -122,7 +122,9 @@ impl Dispatcher {
         tracing::warn!(n_tasks = refused.len(), "storage refused to start tasks; trying again");
         self.clock.sleep(REFUSED).await;
         let (entries, runners): (Vec<_>, Vec<_>) = refused.into_iter().unzip();
-        runners.into_iter().for_each(|runner| self.queue.give_back(runner));
+        for runner in runners {
+            self.queue.give_back(runner);
+        }
         self.queue.push_all(entries);
     }
 }

@@ -144,12 +144,11 @@ impl Core {
         let id = entry.id;
         let delay = entry.not_before.filter(|time| *time > now);
         self.entries.insert(id, Waiter { entry, bucket, lane: None });
-        match delay {
-            Some(time) => {
-                self.buckets[bucket].delayed += 1;
-                self.delayed.insert((time, id));
-            }
-            None => self.enlist(id),
+        if let Some(time) = delay {
+            self.buckets[bucket].delayed += 1;
+            self.delayed.insert((time, id));
+        } else {
+            self.enlist(id);
         }
     }
 

@@ -116,7 +116,9 @@ impl Queue {
     pub fn push_all(&self, entries: impl IntoIterator<Item = Entry>) {
         let now = self.0.clock.now();
         let mut core = self.0.core.lock();
-        entries.into_iter().for_each(|entry| core.push(entry, now));
+        for entry in entries {
+            core.push(entry, now);
+        }
         drop(core);
         self.0.changed.notify_one();
     }

@@ -96,17 +96,16 @@ impl Ring {
     /// Replaces the noted head of a lane; `None` takes the lane out.
     pub(super) fn correct(&mut self, namespace: u32, lane: u32, head: Option<Rank>) {
         let Some(member) = self.members.get_mut(&namespace) else { return };
-        match head {
-            Some(head) => member.set(lane, head),
-            None => {
-                if let Some(key) = member.keys.remove(&lane) {
-                    member.heads.remove(&(key, lane));
-                }
-                if member.heads.is_empty() {
-                    self.order.remove(&(member.time, namespace));
-                    self.forget();
-                }
-            }
+        if let Some(head) = head {
+            member.set(lane, head);
+            return;
+        }
+        if let Some(key) = member.keys.remove(&lane) {
+            member.heads.remove(&(key, lane));
+        }
+        if member.heads.is_empty() {
+            self.order.remove(&(member.time, namespace));
+            self.forget();
         }
     }
 

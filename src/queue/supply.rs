@@ -326,7 +326,7 @@ impl Core {
         let spec = Spec { namespace, models, labels };
         let id = match self.supplies.ids.get(&spec) {
             Some(id) => *id,
-            None => self.add_profile(spec),
+            None => self.add_profile(&spec),
         };
         let profile = &mut self.supplies.profiles[id];
         profile.members += 1;
@@ -353,7 +353,7 @@ impl Core {
         }
     }
 
-    fn add_profile(&mut self, spec: Spec) -> u32 {
+    fn add_profile(&mut self, spec: &Spec) -> u32 {
         self.supplies.made += 1;
         let profile = Profile {
             spec: spec.clone(),
@@ -371,7 +371,7 @@ impl Core {
         if spec.models.contains(&ModelPattern::Any) {
             self.supplies.any_model.push(id);
         } else {
-            for model in models(&spec) {
+            for model in models(spec) {
                 self.supplies.by_model.entry(model.to_owned()).or_default().push(id);
             }
         }

@@ -211,7 +211,7 @@ fn the_position_counts_only_the_own_queue() {
 fn estimates_follow_measured_service_times() {
     let (queue, clock) = queue(Limits::default());
     let ns = Namespace::from("default");
-    let wanted = Entry { deadline: Some(clock.now() + Duration::from_secs(60)), ..entry(100) };
+    let wanted = Entry { deadline: Some(clock.now() + Duration::from_mins(1)), ..entry(100) };
     assert_eq!(queue.estimate(&wanted).predicted_start, None, "nobody serves it");
     ready(&queue, runner(1, &["a/m"], 4), 4);
     let estimate = queue.estimate(&wanted);
@@ -228,7 +228,7 @@ fn estimates_follow_measured_service_times() {
     assert_eq!(estimate.position, 20);
     assert_eq!(estimate.predicted_start, Some(Duration::from_secs(50)), "20 ends at 4 per 10 s");
     let late = Entry { deadline: Some(clock.now() + Duration::from_secs(30)), ..wanted.clone() };
-    let early = Entry { deadline: Some(clock.now() + Duration::from_secs(300)), ..wanted.clone() };
+    let early = Entry { deadline: Some(clock.now() + Duration::from_mins(5)), ..wanted.clone() };
     let on_time = |entry: &Entry| queue.estimate(entry).on_time_probability.unwrap();
     assert!(on_time(&late) < 0.01 && on_time(&early) > 0.99);
     assert!((on_time(&wanted) - 0.5).abs() < 0.1);

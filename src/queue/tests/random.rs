@@ -271,10 +271,14 @@ proptest! {
         push(low);
         let mut waited = 0;
         loop {
-            (0..rate).for_each(|_| push(high));
+            for _ in 0..rate {
+                push(high);
+            }
             queue.runner_credits(SupplyKey(1), rate as u32, SupplyState::Ready);
             let started = take(&queue, &clock);
-            started.iter().for_each(|_| queue.assigned(SupplyKey(1), 0, SupplyState::Ready));
+            for _ in &started {
+                queue.assigned(SupplyKey(1), 0, SupplyState::Ready);
+            }
             if started.contains(&1) {
                 break;
             }
