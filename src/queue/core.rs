@@ -154,12 +154,11 @@ impl Core {
 
     pub(super) fn remove(&mut self, id: TaskId) -> Option<Entry> {
         let Waiter { entry, bucket, lane } = self.entries.remove(&id)?;
-        match lane {
-            Some(lane) => self.lanes[lane].remove(entry.create_time, entry.priority, id),
-            None => {
-                self.delayed.remove(&(entry.not_before.unwrap_or_default(), id));
-                self.buckets[bucket].delayed -= 1;
-            }
+        if let Some(lane) = lane {
+            self.lanes[lane].remove(entry.create_time, entry.priority, id);
+        } else {
+            self.delayed.remove(&(entry.not_before.unwrap_or_default(), id));
+            self.buckets[bucket].delayed -= 1;
         }
         let bucket = &mut self.buckets[bucket];
         bucket.waiting -= 1;

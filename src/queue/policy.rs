@@ -41,6 +41,8 @@ pub(super) fn load(available: u32, slots: u32) -> u32 {
 pub(super) struct Ring {
     members: HashMap<u32, Member>,
     order: BTreeSet<(u64, u32)>,
+    /// Sum of the weights in `order`.
+    weight: u64,
     /// Start of the last service.
     now: u64,
     /// Spreads which namespace comes first among equals over the rings.
@@ -51,6 +53,7 @@ pub(super) struct Ring {
 struct Member {
     /// Virtual time at which its next service starts.
     time: u64,
+    weight: u32,
     heads: BTreeSet<(Rank, u32)>,
     keys: HashMap<u32, Rank>,
 }
@@ -64,16 +67,19 @@ impl Ring {
         self.order.is_empty()
     }
 
-    /// Namespaces with something to start.
-    pub(super) fn namespaces(&self) -> impl Iterator<Item = u32> {
-        self.order.iter().map(|(_, namespace)| *namespace)
+    /// Weight of the namespaces with something to start, one of them aside.
+    pub(super) fn rivals(&self, namespace: Option<u32>) -> u64 {
+        let own = namespace.and_then(|namespace| self.members.get(&namespace));
+        let own = own.filter(|member| !member.heads.is_empty());
+        self.weight - own.map_or(0, |member| u64::from(member.weight))
     }
 
     fn member(&mut self, namespace: u32, weight: u32) -> &mut Member {
         let (now, salt) = (self.now, self.salt);
         self.members.entry(namespace).or_insert_with(|| {
             let mixed = (salt ^ u64::from(namespace)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            Member { time: now + (mixed >> 44) % cost(weight), ..Member::default() }
+            let time = now + (mixed >> 44) % cost(weight);
+            Member { time, weight, ..Member::default() }
         })
     }
 
@@ -85,6 +91,7 @@ impl Ring {
             member.time = member.time.max(now);
             let time = member.time;
             self.order.insert((time, namespace));
+            self.weight += u64::from(weight);
         }
         let member = self.member(namespace, weight);
         match member.keys.get(&lane) {
@@ -103,8 +110,8 @@ impl Ring {
         if let Some(key) = member.keys.remove(&lane) {
             member.heads.remove(&(key, lane));
         }
-        if member.heads.is_empty() {
-            self.order.remove(&(member.time, namespace));
+        if member.heads.is_empty() && self.order.remove(&(member.time, namespace)) {
+            self.weight -= u64::from(member.weight);
             self.forget();
         }
     }
