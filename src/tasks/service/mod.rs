@@ -98,9 +98,7 @@ impl Service {
         let cancel = Event::Cancel { reason, by: caller.name.clone() };
         match self.ledger.apply(id, cancel).await {
             // It ended meanwhile.
-            Err(error) if error.reason() == Reason::StateConflict => {
-                self.read(caller, id).await
-            }
+            Err(error) if error.reason() == Reason::StateConflict => self.read(caller, id).await,
             answer => answer,
         }
     }
