@@ -384,23 +384,22 @@ impl Runner {
     }
 
     /// Waits until the server says what became of a Finish: true when it was kept, false when the
-    /// lease had ended, which either stream may tell.
-    pub async fn verdict(&mut self, lease: &pb::Assign) -> bool {
+    /// lease had ended, which either stream may tell; `None` when the session ended instead.
+    pub async fn verdict(&mut self, lease: &pb::Assign) -> Option<bool> {
         within("a verdict", SOON, async {
             loop {
                 tokio::select! {
                     ack = self.acks.recv() => {
-                        let ack = ack.expect("an open output stream").expect("an ack");
+                        let ack = ack?.ok()?;
                         if ack.task_id == lease.task_id && (ack.finished || ack.error.is_some()) {
-                            return ack.finished;
+                            return Some(ack.finished);
                         }
                     }
                     message = self.from_server.recv() => {
-                        let message = message.expect("an open control stream").expect("a message");
-                        if let Some(connect_response::Body::Cancel(cancel)) = message.body
+                        if let Some(connect_response::Body::Cancel(cancel)) = message?.ok()?.body
                             && cancel.task_id == lease.task_id
                         {
-                            return false;
+                            return Some(false);
                         }
                     }
                 }
