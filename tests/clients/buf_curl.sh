@@ -4,7 +4,8 @@ set -euo pipefail
 : "${ADDR:=127.0.0.1:7070}"
 call() { buf curl --http2-prior-knowledge --protocol grpc "http://$ADDR/baton.v1.$1" -d "$2"; }
 
-buf curl --http2-prior-knowledge --protocol grpc --list-methods "http://$ADDR" | grep -q baton.v1.TaskService/SubmitTask
+methods=$(buf curl --http2-prior-knowledge --protocol grpc --list-methods "http://$ADDR")
+grep -q baton.v1.TaskService/SubmitTask <<<"$methods"
 answer=$(call TaskService/SubmitTask '{"spec": {"model": "baton/echo", "input": {"text": "hello from buf"}}}')
 task=$(grep -o '"taskId": *"[^"]*"' <<<"$answer" | head -1 | cut -d'"' -f4)
 events=$(call TaskService/StreamTask "{\"taskId\": \"$task\"}")
@@ -16,6 +17,6 @@ if refusal=$(call TaskService/GetTask '{"taskId": "018f0000-0000-7000-8000-00000
   echo "a task that does not exist was returned: $refusal"
   exit 1
 fi
-grep -q NOT_FOUND <<<"$refusal"
+grep -q not_found <<<"$refusal"
 grep -q ErrorInfo <<<"$refusal"
 echo "ok: submitted, followed and read $task"
