@@ -175,7 +175,7 @@ async fn a_runner_stopped_past_its_lease_and_continued_changes_nothing() {
     })
     .await;
     let took = stopped.elapsed();
-    assert!(took < Duration::from_millis(4_000), "runnable after {took:?}");
+    assert!(took < Duration::from_secs(4), "runnable after {took:?}");
     assert_eq!(second.lost_attempts, 1);
     zombie.signal(Signal::CONT);
     let end = api.wait_for(&task, &[TaskState::Succeeded], 3 * SOON).await;

@@ -104,7 +104,7 @@ async fn heavy_overload_keeps_answers_quick_and_loses_nothing_accepted() {
     let mut runner = Runner::connect(&api, "r1", &[MODEL], 4).await;
     let serving = tokio::spawn(async move {
         loop {
-            let lease = runner.assigned_within(Duration::from_secs(60)).await;
+            let lease = runner.assigned_within(Duration::from_mins(1)).await;
             runner.output(&lease, 1, runner::tokens(0, 3), None).await;
             runner.finish(&lease, 4, runner::success()).await;
             runner.credits(4).await;

@@ -104,9 +104,9 @@ async fn a_wall_clock_jump_neither_expires_nor_prolongs_a_lease() {
     let task = api.submit_to(MODEL).await;
     let lease = runner.assigned().await;
     runner.set_beating(false);
-    let hour = Duration::from_secs(3600);
+    let hour = Duration::from_hours(1);
     server.clock.set_wall(server.clock.now() + hour);
-    server.advance(Duration::from_millis(1_000)).await;
+    server.advance(Duration::from_secs(1)).await;
     assert_eq!(api.get(&task).await.state(), TaskState::Running, "expired by the wall clock");
     server.clock.set_wall(server.clock.now() - 2 * hour);
     server.advance(Duration::from_millis(2_500)).await;
@@ -151,7 +151,7 @@ async fn a_task_that_loses_every_runner_is_dead_lettered() {
             assert_eq!(state.lost_attempts, state.attempt);
             return;
         }
-        server.advance(Duration::from_secs(120)).await;
+        server.advance(Duration::from_mins(2)).await;
     }
     panic!("thirty runners lost and no end");
 }

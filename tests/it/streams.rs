@@ -53,7 +53,7 @@ async fn heavy_a_reader_that_reads_nothing_delays_nobody_and_misses_nothing() {
     let took = started.elapsed();
     checks::check_stream(&task, 0, &events);
     assert_eq!(events.len() as u64, TOKENS + 3);
-    assert!(took < Duration::from_secs(60), "{TOKENS} tokens in {took:?}");
+    assert!(took < Duration::from_mins(1), "{TOKENS} tokens in {took:?}");
     let own = events.len() * 200;
     let grown = resident_bytes().saturating_sub(before + own as u64);
     assert!(grown < 160 << 20, "20 stalled readers cost {} MiB", grown >> 20);

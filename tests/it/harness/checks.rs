@@ -120,7 +120,7 @@ impl History {
     }
 }
 
-/// Checks that the stream's end says what GetTask says (P6).
+/// Checks that the stream's end says what `GetTask` says (P6).
 pub fn check_end(task: &pb::Task, events: &[pb::TaskEvent]) {
     let ended = ended(events);
     assert_eq!(ended.state(), task.state(), "{}: the end and GetTask differ", task.task_id);

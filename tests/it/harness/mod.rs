@@ -38,10 +38,10 @@ where
 
 /// Awaits `future`; panics with `what` when it takes longer than `bound`.
 pub async fn within<T>(what: &str, bound: Duration, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(bound, future).await {
-        Ok(value) => value,
-        Err(_) => panic!("not within {bound:?}: {what}"),
-    }
+    let Ok(value) = tokio::time::timeout(bound, future).await else {
+        panic!("not within {bound:?}: {what}")
+    };
+    value
 }
 
 /// Lets real time pass: only where the passing itself is what a test is about, such as a

@@ -414,7 +414,7 @@ impl Runner {
         self.ack(&what, lease, |ack| ack.acked_index >= index).await;
     }
 
-    /// Waits until the server refuses this attempt with LEASE_LOST.
+    /// Waits until the server refuses this attempt with `LEASE_LOST`.
     pub async fn refused(&mut self, lease: &pb::Assign) -> pb::LeaseAck {
         let ack = self.ack("LEASE_LOST", lease, |ack| ack.error.is_some()).await;
         let error = ack.error.as_ref().expect("an error");
