@@ -5,6 +5,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use baton::{
     agent,
+    blob::Blobs,
     clock::Clock,
     db::Db,
     events::Tail,
@@ -51,6 +52,7 @@ impl Server {
         let clock = Clock::system();
         let parts = Parts {
             db: Db::open(&dir.path().join("baton.db")).await.unwrap(),
+            blobs: Blobs::open(dir.path().join("transcripts")).await.unwrap(),
             queue: Queue::new(queue::Limits::default(), clock.clone()),
             clock: clock.clone(),
             entropy: Entropy::system(),

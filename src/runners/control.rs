@@ -53,7 +53,7 @@ impl Registry {
                 let expected = expected_digest(state, key);
                 let session = present(state, key)?;
                 if session.suspects(HeldDigest(digest), expected) {
-                    session.say(ToRunner::InventoryRequest);
+                    session.ask_inventory();
                 }
             }
             Said::Credits(credits) => {
@@ -73,8 +73,8 @@ impl Registry {
                 );
             }
             Said::Inventory(inventory) => {
-                session.inventory_came();
-                let verdicts = self.judge(state, key, &inventory);
+                let as_of_seq = session.inventory_came();
+                let verdicts = self.judge(state, key, &inventory, as_of_seq);
                 present(state, key)?.say(ToRunner::Reconciliation(verdicts));
             }
             Said::Bye(reason) => {

@@ -61,8 +61,9 @@ impl Registry {
             session.announce(credits);
         }
         let (id, last_seq) = (session.id.clone(), session.inbox.last());
+        let acked_seq = session.outbox.acked_seq();
 
-        let verdicts = self.judge(state, key, &hello.inventory);
+        let verdicts = self.judge(state, key, &hello.inventory, acked_seq);
         if let Some(session) = state.sessions.get(&key) {
             self.publish_credits(session);
             tracing::info!(
@@ -125,12 +126,14 @@ impl Registry {
     }
 
     /// Says of each attempt that a runner holds whether it goes on, and ends those that it
-    /// should hold and does not.
+    /// should hold and does not. The inventory was made when the runner had seen what was
+    /// assigned up to `as_of_seq`.
     pub(super) fn judge(
         &self,
         state: &mut State,
         key: SupplyKey,
         inventory: &[Held],
+        as_of_seq: u64,
     ) -> Vec<Verdict> {
         let mut kept = BTreeSet::new();
         let mut verdicts = Vec::with_capacity(inventory.len());
@@ -141,7 +144,7 @@ impl Registry {
             }
             verdicts.push(Verdict { fence: held.fence, resume_from });
         }
-        for fence in self.missing(state, key, &kept) {
+        for fence in self.missing(state, key, &kept, as_of_seq) {
             let why = "its runner does not hold it any more";
             self.spawn_end(state, fence, End::Lose(why.into()));
         }
@@ -150,12 +153,17 @@ impl Registry {
 
     /// Leases that the runner must hold and does not: of the session, and of the same runner's
     /// earlier ones.
-    fn missing(&self, state: &State, key: SupplyKey, kept: &BTreeSet<TaskId>) -> Vec<Fence> {
+    fn missing(
+        &self,
+        state: &State,
+        key: SupplyKey,
+        kept: &BTreeSet<TaskId>,
+        as_of_seq: u64,
+    ) -> Vec<Fence> {
         let Some(session) = state.sessions.get(&key) else { return Vec::new() };
-        let acked_seq = session.outbox.acked_seq();
         let own = session.held.iter().filter_map(|task| state.leases.of_task(*task));
-        // What is under way to it is no loss.
-        let own = own.filter(|lease| lease.is_reached(acked_seq));
+        // What was under way to it is no loss.
+        let own = own.filter(|lease| lease.assign_seq <= as_of_seq);
         let orphans = state.leases.orphans().filter(|lease| {
             lease.runner == session.profile.runner
                 && Self::serves(&session.namespace, &lease.namespace)
@@ -190,7 +198,9 @@ impl Registry {
             return None;
         }
         let durable = lease.log.durable_index(attempt)?;
-        lease.log.settle(attempt, held.last_index);
+        if lease.holder.is_none() {
+            lease.log.settle(attempt, held.last_index);
+        }
         lease.log.watch(attempt, session.output.bell.clone());
         lease.accepted = true;
         lease.announced = 0;

@@ -182,7 +182,9 @@ pub struct Session {
     changes: u64,
     /// `changes` at the latest heartbeat, and how many in a row had a wrong digest.
     suspicion: (u64, u32),
-    inventory_asked: bool,
+    /// Seq of the InventoryRequest that is not answered yet. It is numbered, so its answer comes,
+    /// perhaps late.
+    inventory_asked: Option<u64>,
 }
 
 impl Session {
@@ -215,7 +217,7 @@ impl Session {
             finished: VecDeque::new(),
             changes: 0,
             suspicion: (0, 0),
-            inventory_asked: false,
+            inventory_asked: None,
         }
     }
 
@@ -235,7 +237,6 @@ impl Session {
             link.end((!both_poll).then(superseded));
         }
         self.outbox.rewind();
-        self.inventory_asked = false;
         self.bell.notify_one();
     }
 
@@ -323,13 +324,19 @@ impl Session {
         let n_wrong = n_wrong + 1;
         self.suspicion = (self.changes, n_wrong);
         let sure = (n_wrong > 1 && changes == self.changes) || n_wrong >= PATIENCE;
-        sure && !std::mem::replace(&mut self.inventory_asked, true)
+        sure && self.inventory_asked.is_none()
     }
 
-    /// The inventory that was asked for has come.
-    pub fn inventory_came(&mut self) {
-        self.inventory_asked = false;
+    /// Asks what the runner holds.
+    pub fn ask_inventory(&mut self) {
+        self.inventory_asked = Some(self.say(ToRunner::InventoryRequest));
+    }
+
+    /// An inventory has come. It says nothing of what was assigned after the seq returned: it may
+    /// have been made long ago.
+    pub fn inventory_came(&mut self) -> u64 {
         self.suspicion = (self.changes, 0);
+        self.inventory_asked.take().unwrap_or(0)
     }
 
     /// State in lists.

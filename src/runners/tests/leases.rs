@@ -144,7 +144,7 @@ async fn a_new_process_of_the_runner_ends_what_the_old_one_held() {
     let new = Runner::try_connect(&world, hello("r1", "i2")).unwrap();
     assert!(!new.welcome.resumed && old.link.is_ended() && old.output.is_ended());
     until(|| async { (world.get(fence.task).await.state == State::Queued).then_some(()) }).await;
-    assert_eq!(world.registry.counts(), (1, 0));
+    until(|| async { (world.registry.counts() == (1, 0)).then_some(()) }).await;
 }
 
 #[tokio::test]
@@ -221,7 +221,7 @@ async fn goodbyes_and_refusals_hand_back() {
         until(|| async { (world.get(fence.task).await.handed_back == 1).then_some(()) }).await;
     }
     assert!(runner.link.is_ended() && runner.link.take_why().is_none());
-    assert_eq!(world.registry.counts(), (0, 0));
+    until(|| async { (world.registry.counts() == (0, 0)).then_some(()) }).await;
 }
 
 #[tokio::test]
@@ -261,6 +261,26 @@ async fn a_runner_that_forgot_an_attempt_is_found_out_by_its_heartbeats() {
     let told = runner.read(&world);
     assert!(matches!(&told[0], Body::Reconciliation(all) if all.verdicts[0].keep), "{told:?}");
     assert_eq!(world.get(kept.task).await.state, State::Running);
+}
+
+#[tokio::test]
+async fn an_inventory_that_comes_late_ends_nothing_that_was_assigned_since() {
+    let world = World::new().await;
+    let mut runner = Runner::connect(&world);
+    let forgotten = world.run(&runner).await;
+    runner.read(&world);
+    runner.heartbeat(&world, &[]);
+    runner.heartbeat(&world, &[]);
+    assert!(matches!(runner.read(&world)[..], [Body::InventoryRequest(_)]));
+    // The answer is made now and arrives over the next connection.
+    let newer = world.run(&runner).await;
+    runner.read(&world);
+    runner.tokens(&world, newer, 1, &["a"]);
+    world.registry.detach(runner.key, &runner.link);
+    runner.reconnect(&world, vec![held(forgotten, 0, 0), held(newer, 1, 1)]);
+    runner.say(&world, Said::Inventory(Vec::new()));
+    until(|| async { (world.get(forgotten.task).await.lost == 1).then_some(()) }).await;
+    assert_eq!(world.get(newer.task).await.state, State::Running);
 }
 
 #[tokio::test]

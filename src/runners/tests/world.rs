@@ -224,9 +224,11 @@ fn new_task() -> NewTask {
     }
 }
 
-/// Polls until `found` gives something; many polls, no sleeping.
+/// Polls until `found` gives something, for a while.
 pub async fn until<T, F: Future<Output = Option<T>>>(mut found: impl FnMut() -> F) -> T {
-    for _ in 0..10_000 {
+    let clock = Clock::system();
+    let deadline = clock.mono() + Duration::from_secs(20);
+    while clock.mono() < deadline {
         if let Some(value) = found().await {
             return value;
         }
