@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::BytesMut;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use super::{
     Registry,
@@ -369,46 +369,65 @@ impl Registry {
                 (lease.log.clone(), lease.start_time)
             })
         };
-        let Some((log, start)) = found else {
-            return match batch.finish.map(events::outcome) {
-                Some((outcome, _)) if self.has_ended_so(fence, &outcome).await? => Ok((last, true)),
-                _ => Err(convert::lease_lost(fence)),
-            };
-        };
+        let Some((log, start)) = found else { return self.reported_before(batch).await };
         let stop = self.supervisor().token();
-        let append = self.append_all(&log, start, &batch);
-        tokio::select! {
-            appended = append => appended?,
+        let appended = tokio::select! {
+            appended = self.append_all(&log, start, &batch) => appended,
             () = stop.cancelled() => return Err(stopping()),
+        };
+        match appended {
+            Err(error) if error.reason() == Reason::LeaseLost => {
+                return self.reported_before(batch).await;
+            }
+            appended => appended?,
         }
+        let Some((outcome, usage)) = batch.finish.map(events::outcome) else {
+            tokio::select! {
+                durable = log.durable(fence.attempt, last) => {
+                    durable.map_err(|_| convert::lease_lost(fence))?;
+                }
+                () = stop.cancelled() => return Err(stopping()),
+            }
+            return Ok((log.durable_index(fence.attempt).unwrap_or(last).max(last), false));
+        };
+        let end = End::Finish(outcome, usage);
+        if !mark(&mut self.lock(), fence, &end) {
+            // An end is under way: perhaps this one, sent before.
+            let message = "the attempt is ending; send this again";
+            return Err(Error::new(Kind::Unavailable, Reason::Conflict, message)
+                .retry_after(Duration::from_millis(200)));
+        }
+        // On its own, since the caller may hang up: an end that has begun is seen through.
+        let (done, answer) = oneshot::channel();
+        let registry = self.clone();
+        self.supervisor().spawn("attempt_end", async move {
+            // Nobody listens when the caller has hung up.
+            let _ = done.send(registry.tell_store(fence, end).await);
+        });
+        answer.await.map_err(|_| stopping())??;
+        Ok((last, true))
+    }
+
+    /// The answer to a report on an attempt without a lease: fine if it was stored already.
+    async fn reported_before(&self, batch: Batch) -> Result<(u64, bool)> {
+        let fence = batch.fence;
+        let last = batch.first_index + batch.events.len() as u64 - 1;
         match batch.finish.map(events::outcome) {
-            None => {
-                tokio::select! {
-                    durable = log.durable(fence.attempt, last) => {
-                        durable.map_err(|_| convert::lease_lost(fence))?;
-                    }
-                    () = stop.cancelled() => return Err(stopping()),
-                }
-                Ok((log.durable_index(fence.attempt).unwrap_or(last).max(last), false))
-            }
-            Some((outcome, usage)) => {
-                let end = End::Finish(outcome.clone(), usage);
-                if mark(&mut self.lock(), fence, &end) {
-                    self.tell_store(fence, end).await?;
-                    return Ok((last, true));
-                }
-                // An end is under way already: perhaps this one, sent before.
-                if self.has_ended_so(fence, &outcome).await? {
-                    return Ok((last, true));
-                }
-                Err(Error::new(Kind::Unavailable, Reason::Conflict, "the attempt is ending; retry")
-                    .retry_after(Duration::from_millis(200)))
-            }
+            Some((outcome, _)) if self.has_ended_so(fence, &outcome).await? => Ok((last, true)),
+            _ => Err(convert::lease_lost(fence)),
         }
     }
 
     async fn append_all(&self, log: &Arc<Log>, start: Micros, batch: &Batch) -> Result<()> {
         let attempt = batch.fence.attempt;
+        // A Finish without events ends exactly what came before it.
+        if batch.events.is_empty() {
+            let next = log.next_index(attempt).ok_or_else(|| convert::lease_lost(batch.fence))?;
+            if batch.first_index > next {
+                let missing = Trouble::Missing { resend_from: next };
+                return Err(convert::error(batch.fence, &missing));
+            }
+        }
         let mut from = 0;
         while from < batch.events.len() {
             let rest = &batch.events[from..];

@@ -105,23 +105,25 @@ pub struct Output {
 impl Output {
     /// Has an end acknowledged.
     pub fn finished(&mut self, fence: Fence) {
-        self.entry(fence).finished = true;
+        self.tell(fence, |ack| ack.finished = true);
     }
 
     /// Has trouble told; it stands until the stream has it.
     pub fn trouble(&mut self, fence: Fence, trouble: Trouble) {
-        self.entry(fence).trouble = Some(trouble);
+        self.tell(fence, |ack| ack.trouble = Some(trouble));
     }
 
     /// Has stable events acknowledged.
     pub fn durable(&mut self, fence: Fence, index: u64) {
-        let ack = self.entry(fence);
-        ack.acked_index = ack.acked_index.max(index);
+        self.tell(fence, |ack| ack.acked_index = ack.acked_index.max(index));
     }
 
-    fn entry(&mut self, fence: Fence) -> &mut LeaseAck {
-        let empty = LeaseAck { fence, acked_index: 0, finished: false, trouble: None };
-        self.told.entry(fence).or_insert(empty)
+    fn tell(&mut self, fence: Fence, tell: impl FnOnce(&mut LeaseAck)) {
+        // Without a stream there is nobody to tell: the runner sends again when it is back.
+        if self.link.is_some() {
+            let empty = LeaseAck { fence, acked_index: 0, finished: false, trouble: None };
+            tell(self.told.entry(fence).or_insert(empty));
+        }
     }
 
     /// Takes what there is to tell.
