@@ -263,9 +263,9 @@ impl Registry {
     pub fn sweep_stale(&self) {
         let mut stale = Vec::new();
         for lease in self.lock().leases.iter_mut() {
-            let live =
-                lease.ending.is_some() || lease.log.next_index(lease.fence.attempt).is_some();
-            // The second look, since the revocation may be on its way.
+            let live = lease.log.next_index(lease.fence.attempt).is_some();
+            // The second look, since the revocation, or the answer to an end that was told from
+            // here, may be on its way.
             if !live && std::mem::replace(&mut lease.stale, true) {
                 stale.push(lease.fence);
             }
