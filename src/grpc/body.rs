@@ -238,10 +238,10 @@ impl http_body::Body for Guarded {
         if let Some(error) = this.ending.as_ref().and_then(Ending::reached) {
             return Poll::Ready(Some(Ok(this.finish(error))));
         }
-        let span = this.record.as_ref().map(|record| record.span.clone());
+        let Self { inner, record, .. } = this;
         let polled = {
-            let _entered = span.as_ref().map(Span::enter);
-            catch_unwind(AssertUnwindSafe(|| Pin::new(&mut this.inner).poll_frame(cx)))
+            let _entered = record.as_ref().map(|record| record.span.enter());
+            catch_unwind(AssertUnwindSafe(|| Pin::new(inner).poll_frame(cx)))
         };
         match polled {
             Err(panic) => {

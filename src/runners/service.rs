@@ -1,6 +1,11 @@
 //! `RunnerService`: streams and calls in, the registry asked, streams and answers out.
 
-use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::{Stream, stream};
@@ -280,12 +285,14 @@ async fn read_output(
     mut messages: Streaming<pb::OutputRequest>,
 ) {
     let mut next = Some(first);
+    let ended = link.clone();
+    let mut ended = pin!(ended.ended());
     loop {
         let message = match next.take() {
             Some(first) => Ok(Some(first)),
             None => tokio::select! {
                 biased;
-                () = link.ended() => return,
+                () = &mut ended => return,
                 message = messages.message() => message,
             },
         };
