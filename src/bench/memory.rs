@@ -128,14 +128,14 @@ pub async fn slow(spec: SlowSpec) -> anyhow::Result<Slow> {
     while sent < spec.tokens {
         ticks.tick().await;
         while let Ok(order) = orders.try_recv() {
-            if let Order::Acked { task_id, index } = order {
-                if task_id == slow_task {
-                    acked = index;
-                }
+            match order {
+                Order::Acked { task_id, index } if task_id == slow_task => acked = index,
+                Order::Failed(error) => bail!("events were refused: {error}"),
+                _ => {}
             }
         }
         let elapsed = (now_ns() - start) as f64 / 1e9;
-        while sent < spec.tokens.min((elapsed * spec.rate) as u64) && sent < acked + 32_768 {
+        while sent < spec.tokens.min((elapsed * spec.rate) as u64) && sent < acked + relay::WINDOW {
             runner.step(&mut leases[..1], &stamp(now_ns()))?;
             sent += 1;
         }

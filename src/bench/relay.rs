@@ -395,7 +395,7 @@ async fn paced(
 }
 
 /// Tokens of an attempt that may wait for their acknowledgement.
-const WINDOW: u64 = 8192;
+pub const WINDOW: u64 = 8192;
 
 async fn unpaced(
     spec: &Spec,
