@@ -204,7 +204,7 @@ impl Runner {
         drop(self);
         let mut runner = super::eventually("a welcome", SOON, || async {
             match Self::hello(api, hello.clone()).await {
-                Err(status) if matches!(status.code(), Code::Unknown | Code::Unavailable) => None,
+                Err(status) if is_link(&status) => None,
                 outcome => Some(outcome),
             }
         })
@@ -491,4 +491,9 @@ async fn beat(
             return;
         }
     }
+}
+
+/// Whether the link failed rather than the call.
+fn is_link(status: &Status) -> bool {
+    matches!(status.code(), Code::Unknown | Code::Unavailable | Code::Cancelled)
 }
