@@ -173,7 +173,7 @@ async fn drain(receiver: &mut Receiver, last: &Cell<u64>, until: u64) -> anyhow:
             }
             last.set(sequence);
         });
-        let read = tokio::time::timeout(Duration::from_secs(60), read).await;
+        let read = tokio::time::timeout(Duration::from_mins(1), read).await;
         if !read.context("no entry came")?? {
             bail!("the stream ended after entry {}", last.get());
         }

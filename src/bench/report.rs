@@ -1,6 +1,6 @@
 //! Figures against goals, as a table for people or as JSON.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use serde::Serialize;
 
@@ -157,21 +157,22 @@ pub fn table(rows: &[Row]) -> String {
         lines.iter().map(|line| line[column].chars().count()).max().unwrap_or_default()
     };
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    // Writing to a string cannot fail.
     let mut text = String::new();
     for (at, line) in lines.iter().enumerate() {
         for (cell, width) in line.iter().zip(&widths) {
-            text.push_str(&format!("| {cell:width$} "));
+            let _ = write!(text, "| {cell:width$} ");
         }
         text.push_str("|\n");
         if at == 0 {
             for width in &widths {
-                text.push_str(&format!("| {:-<width$} ", ""));
+                let _ = write!(text, "| {:-<width$} ", "");
             }
             text.push_str("|\n");
         }
     }
     for row in rows.iter().filter(|row| !row.note.is_empty()) {
-        text.push_str(&format!("\n{}, {}: {}", row.goal, row.what, row.note));
+        let _ = write!(text, "\n{}, {}: {}", row.goal, row.what, row.note);
     }
     text
 }

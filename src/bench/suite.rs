@@ -31,8 +31,11 @@ pub struct Plan {
     pub dir: Option<PathBuf>,
 }
 
-/// Names of the cases, in order.
-pub const CASES: [(&str, fn(&Plan) -> anyhow::Result<Vec<Row>>); 10] = [
+/// Measures and judges.
+type Case = fn(&Plan) -> anyhow::Result<Vec<Row>>;
+
+/// The cases and the names that they go by, in order.
+const CASES: [(&str, Case); 10] = [
     ("G1,G3", paced),
     ("G2", stepped),
     ("G4", fastest),
@@ -392,19 +395,14 @@ fn decide(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     }
     let median = |of: fn(&decisions::Outcome) -> f64| super::figures::median(each(&ours, of));
     Ok(vec![
-        Row::new(
-            "G16",
-            what,
-            "µs",
-            each(&ours, |o| o.decision_us),
-        )
-        .judged(Better::Lower, 20.0, 5.0)
-        .noted(format!(
-            "push {:.2} µs, {:.0} bytes a task, longest call of 64 matches {:.0} µs",
-            median(|o| o.push_us),
-            median(|o| o.bytes_per_task),
-            median(|o| o.longest_us),
-        )),
+        Row::new("G16", what, "µs", each(&ours, |o| o.decision_us))
+            .judged(Better::Lower, 20.0, 5.0)
+            .noted(format!(
+                "push {:.2} µs, {:.0} bytes a task, longest call of 64 matches {:.0} µs",
+                median(|o| o.push_us),
+                median(|o| o.bytes_per_task),
+                median(|o| o.longest_us),
+            )),
     ])
 }
 

@@ -314,7 +314,7 @@ pub async fn reconnect(server: Server, held: usize) -> anyhow::Result<Reconnecte
         runner.step(&mut leases, &stamp(now_ns()))?;
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    let back = back.borrow();
+    let back = back.borrow().clone();
     let since = |ns: Option<&u64>| ns.map_or(0.0, |ns| (ns - at) as f64 / 1e6);
     let ends = leases.iter().map(|l| (l.task_id.clone(), l.attempt, l.last_index));
     runner.finish(&ends.collect::<Vec<_>>())?;
