@@ -43,6 +43,8 @@ struct Server {
     supervisor: Supervisor,
     connections: mpsc::Sender<DuplexStream>,
     cut: watch::Sender<u64>,
+    /// Entries on stable storage.
+    n_recorded: watch::Sender<u64>,
     _dir: tempfile::TempDir,
 }
 
@@ -92,8 +94,9 @@ impl Server {
             let server = tonic::transport::Server::builder().add_service(service);
             server.serve_with_incoming(incoming).await.unwrap();
         });
-        let cut = watch::Sender::new(0);
-        let server = Self { parts, ledger, registry, supervisor, connections, cut, _dir: dir };
+        let (cut, n_recorded) = (watch::Sender::new(0), watch::Sender::new(0));
+        let server =
+            Self { parts, ledger, registry, supervisor, connections, cut, n_recorded, _dir: dir };
         Arc::new(server)
     }
 
@@ -133,7 +136,7 @@ impl Server {
                 required_labels: Default::default(),
                 deadline: None,
                 start_timeout: None,
-                execution_timeout: Duration::from_secs(60),
+                execution_timeout: Duration::from_mins(1),
                 retry: RetryPolicy::default(),
                 seed: 1,
                 session: None,
@@ -190,8 +193,10 @@ impl Server {
             for log in logs {
                 let Some(segment) = log.take_unrecorded() else { continue };
                 let (last, reserved) = (segment.last, segment.reserve_to.unwrap_or(0));
+                let n_entries = last + 1 - segment.first;
                 self.ledger.record(vec![segment]).await.unwrap();
                 log.recorded(last, reserved);
+                self.n_recorded.send_modify(|n| *n += n_entries);
             }
         }
     }
@@ -282,10 +287,18 @@ async fn cut_links(mode: agent::Mode) {
     }
     let mut n_cuts = 0;
     let cutter = async {
+        let mut recorded = server.n_recorded.subscribe();
         loop {
-            Clock::system().sleep(Duration::from_millis(Entropy::system().u64() % 150)).await;
-            server.cut.send_modify(|n| *n += 1);
-            n_cuts += 1;
+            let some = *recorded.borrow() + Entropy::system().u64() % 100;
+            recorded.wait_for(|n| *n > some).await.unwrap();
+            // Sometimes again, while the runner is coming back.
+            for _ in 0..=Entropy::system().u64() % 3 {
+                server.cut.send_modify(|n| *n += 1);
+                n_cuts += 1;
+                for _ in 0..Entropy::system().u64() % 200 {
+                    tokio::task::yield_now().await;
+                }
+            }
         }
     };
     tokio::select! {

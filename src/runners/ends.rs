@@ -210,9 +210,8 @@ impl Registry {
             let end = match left {
                 // The Hello that replaces it decides.
                 Left::Replaced | Left::TakenOver => continue,
-                Left::InPeace(why) => End::HandBack(why.to_owned()),
                 Left::Lost(why) if lease.is_reached(acked_seq) => End::Lose(why.to_owned()),
-                Left::Lost(why) => End::HandBack(why.to_owned()),
+                Left::InPeace(why) | Left::Lost(why) => End::HandBack(why.to_owned()),
             };
             let fence = lease.fence;
             self.spawn_end(state, fence, end);

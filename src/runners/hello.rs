@@ -39,12 +39,11 @@ impl Registry {
                     && session.profile.instance == hello.profile.instance
             })
         });
-        let (key, resumed) = match known {
-            Some(key) => (key, true),
-            None => {
-                Self::check_name(state, namespace, &hello)?;
-                (self.new_session(state, namespace, &hello), false)
-            }
+        let (key, resumed) = if let Some(key) = known {
+            (key, true)
+        } else {
+            Self::check_name(state, namespace, &hello)?;
+            (self.new_session(state, namespace, &hello), false)
         };
 
         let (now, mono) = self.times();
@@ -138,13 +137,13 @@ impl Registry {
         let mut kept = BTreeSet::new();
         let mut verdicts = Vec::with_capacity(inventory.len());
         for held in inventory {
-            let resume_from = self.verdict(state, key, held);
+            let resume_from = Self::verdict(state, key, held);
             if resume_from.is_some() {
                 kept.insert(held.fence.task);
             }
             verdicts.push(Verdict { fence: held.fence, resume_from });
         }
-        for fence in self.missing(state, key, &kept, as_of_seq) {
+        for fence in Self::missing(state, key, &kept, as_of_seq) {
             let why = "its runner does not hold it any more";
             self.spawn_end(state, fence, End::Lose(why.into()));
         }
@@ -154,7 +153,6 @@ impl Registry {
     /// Leases that the runner must hold and does not: of the session, and of the same runner's
     /// earlier ones.
     fn missing(
-        &self,
         state: &State,
         key: SupplyKey,
         kept: &BTreeSet<TaskId>,
@@ -174,7 +172,7 @@ impl Registry {
             .collect()
     }
 
-    fn verdict(&self, state: &mut State, key: SupplyKey, held: &Held) -> Option<u64> {
+    fn verdict(state: &mut State, key: SupplyKey, held: &Held) -> Option<u64> {
         let State { sessions, leases, .. } = state;
         let session = sessions.get_mut(&key)?;
         let lease = leases.find_mut(held.fence)?;

@@ -4,7 +4,7 @@
 //! ended the attempt, or was told so.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Revocations that came before their assignment are kept this long.
-const EARLY_FOR: Duration = Duration::from_secs(60);
+const EARLY_FOR: Duration = Duration::from_mins(1);
 
 /// Why an attempt is about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +154,7 @@ pub struct Leases {
     /// Execution timeouts, soonest first; entries of ended leases are skipped.
     timeouts: BTreeSet<(Mono, TaskId)>,
     orphans: BTreeSet<TaskId>,
-    early: HashMap<Fence, ()>,
+    early: HashSet<Fence>,
     early_order: VecDeque<(Mono, Fence)>,
 }
 
@@ -262,13 +262,13 @@ impl Leases {
             self.early_order.pop_front();
             self.early.remove(&fence);
         }
-        if self.early.insert(fence, ()).is_none() {
+        if self.early.insert(fence) {
             self.early_order.push_back((now + EARLY_FOR, fence));
         }
     }
 
     /// Whether an attempt was revoked before its assignment came.
     pub fn was_revoked(&self, fence: Fence) -> bool {
-        self.early.contains_key(&fence)
+        self.early.contains(&fence)
     }
 }

@@ -60,7 +60,7 @@ impl Default for RunnerLimits {
             heartbeat_interval: Duration::from_secs(3),
             lease_ttl: Duration::from_secs(15),
             session_grace: Duration::from_secs(30),
-            max_stream_age: Duration::from_secs(30 * 60),
+            max_stream_age: Duration::from_mins(30),
             hello_timeout: Duration::from_secs(10),
             cancel_grace: Duration::from_secs(5),
             max_unacked_bytes: 1 << 20,

@@ -290,7 +290,7 @@ impl Registry {
                 // The end that froze it is decided soon; then it thaws or the lease is gone.
                 Err(Refused::Frozen) => return,
                 Err(Refused::WrongAttempt | Refused::Missing { .. }) => {
-                    self.resend(state, fence);
+                    Self::resend(state, fence);
                     return;
                 }
             }
@@ -303,12 +303,12 @@ impl Registry {
             Some(next) if next >= end_index => {
                 self.spawn_end(state, fence, End::Finish(outcome, usage));
             }
-            _ => self.resend(state, fence),
+            _ => Self::resend(state, fence),
         }
     }
 
     /// Drops what waits of an attempt and asks for it again.
-    fn resend(&self, state: &mut State, fence: Fence) {
+    fn resend(state: &mut State, fence: Fence) {
         let Some(lease) = state.leases.find_mut(fence) else { return };
         lease.backlog.clear();
         lease.finish = None;

@@ -37,7 +37,7 @@ const LAST_ACKS: Duration = Duration::from_secs(2);
 /// Acknowledgements are looked for this often even if nothing rang.
 const ACK_SWEEP: Duration = Duration::from_secs(1);
 /// A drain's deadline where none is given.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(5 * 60);
+const DRAIN_DEADLINE: Duration = Duration::from_mins(5);
 
 /// The tonic service.
 #[derive(Clone)]
@@ -288,13 +288,14 @@ async fn read_output(
     let ended = link.clone();
     let mut ended = pin!(ended.ended());
     loop {
-        let message = match next.take() {
-            Some(first) => Ok(Some(first)),
-            None => tokio::select! {
+        let message = if let Some(first) = next.take() {
+            Ok(Some(first))
+        } else {
+            tokio::select! {
                 biased;
                 () = &mut ended => return,
                 message = messages.message() => message,
-            },
+            }
         };
         let taken = match message {
             Ok(Some(message)) => {

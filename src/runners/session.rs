@@ -184,7 +184,7 @@ pub struct Session {
     changes: u64,
     /// `changes` at the latest heartbeat, and how many in a row had a wrong digest.
     suspicion: (u64, u32),
-    /// Seq of the InventoryRequest that is not answered yet. It is numbered, so its answer comes,
+    /// Seq of the `InventoryRequest` that is not answered yet. It is numbered, so its answer comes,
     /// perhaps late.
     inventory_asked: Option<u64>,
 }

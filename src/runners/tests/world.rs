@@ -211,7 +211,7 @@ fn new_task() -> NewTask {
             required_labels: Default::default(),
             deadline: None,
             start_timeout: None,
-            execution_timeout: Duration::from_secs(60),
+            execution_timeout: Duration::from_mins(1),
             retry: RetryPolicy { jitter: 0.0, ..RetryPolicy::default() },
             seed: 1,
             session: None,
