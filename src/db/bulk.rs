@@ -1,7 +1,9 @@
 //! Statements over many rows at once.
 //!
-//! A statement is prepared for row counts that are powers of two, so that any number of rows
-//! takes few statements and all of them stay in the connection's cache. Their values are
+//! A statement is prepared for row counts that are powers of two, so that all of them stay in
+//! the connection's cache. What is over has no values and counts as rows of NULL, which a
+//! statement must leave out: one statement with some rows too many takes less time than the
+//! several statements that would fit, each a trip to the connection's thread and back. Values are
 //! anonymous (`?`): the driver asks for the name of each value it binds, and SQLite looks a
 //! name up by going through all of them, so that numbered values (`$7`) would make a statement
 //! over many rows cost the square of its values.
@@ -13,20 +15,13 @@ const MOST: usize = 64;
 
 const SIZES: usize = MOST.ilog2() as usize + 1;
 
-/// Splits `rows` into slices whose lengths are powers of two.
-pub fn chunks<T>(mut rows: &[T]) -> impl Iterator<Item = &[T]> {
-    std::iter::from_fn(move || {
-        if rows.is_empty() {
-            return None;
-        }
-        let size = MOST.min(1 << rows.len().ilog2());
-        let (chunk, rest) = rows.split_at(size);
-        rows = rest;
-        Some(chunk)
-    })
+/// Splits `rows` into slices that one statement takes.
+pub fn chunks<T>(rows: &[T]) -> impl Iterator<Item = &[T]> {
+    rows.chunks(MOST)
 }
 
-/// A statement text with a place for rows: `head`, then `(?, ..), (..)`, then `tail`.
+/// A statement text with a place for rows: `head`, then `(?, ..), (..)`, then `tail`. Rows whose
+/// first value is NULL must have no effect.
 pub struct Bulk {
     texts: [OnceLock<String>; SIZES],
     head: &'static str,
@@ -40,8 +35,9 @@ impl Bulk {
         Self { texts: [const { OnceLock::new() }; SIZES], head, columns, tail }
     }
 
-    /// The text for `rows` rows, a power of two up to 64.
+    /// The text for at least `rows` rows, up to 64.
     pub fn text(&'static self, rows: usize) -> &'static str {
+        let rows = rows.next_power_of_two();
         self.texts[rows.ilog2() as usize].get_or_init(|| {
             let mut text = String::from(self.head);
             for row in 0..rows {
@@ -62,12 +58,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_number_of_rows_is_split_into_powers_of_two_in_order() {
-        for n in [0, 1, 2, 3, 63, 64, 65, 200] {
-            let rows: Vec<usize> = (0..n).collect();
-            let split: Vec<&[usize]> = chunks(&rows).collect();
-            assert!(split.iter().all(|chunk| chunk.len().is_power_of_two() && chunk.len() <= MOST));
-            assert_eq!(split.concat(), rows);
+    fn any_number_of_rows_has_a_text_with_room_for_them() {
+        static INSERT: Bulk = Bulk::new("", 3, "");
+        for n in [1, 2, 3, 33, 63, 64, 65, 200] {
+            let rows = vec![(); n];
+            for chunk in chunks(&rows) {
+                let places = INSERT.text(chunk.len()).matches('?').count();
+                assert_eq!(places, 3 * chunk.len().next_power_of_two());
+            }
+            assert_eq!(chunks(&rows).map(<[()]>::len).sum::<usize>(), n);
         }
     }
 

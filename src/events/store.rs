@@ -43,9 +43,11 @@ pub struct Event {
 /// repeats after an unknown commit is the same entry.
 pub async fn append(tx: &mut Tx, events: &[NewEvent]) -> Result<()> {
     static INSERT: Bulk = Bulk::new(
-        "INSERT INTO task_events (task_id, namespace, sequence, kind, time, frame) VALUES ",
+        "INSERT INTO task_events (task_id, namespace, sequence, kind, time, frame)
+         SELECT * FROM (VALUES ",
         6,
-        " ON CONFLICT (task_id, sequence) DO NOTHING",
+        ") WHERE column1 IS NOT NULL
+         ON CONFLICT (task_id, sequence) DO NOTHING",
     );
     for chunk in chunks(events) {
         let mut query = sqlx::query(INSERT.text(chunk.len()));

@@ -140,8 +140,11 @@ pub async fn load(tx: &mut Tx, ids: &[TaskId]) -> Result<Vec<Task>> {
 
 /// Adds new tasks.
 pub async fn insert(tx: &mut Tx, tasks: &[&Task]) -> Result<()> {
-    static INSERT: Bulk =
-        Bulk::new(concat!("INSERT INTO tasks (", columns!(), ") VALUES "), 36, "");
+    static INSERT: Bulk = Bulk::new(
+        concat!("INSERT INTO tasks (", columns!(), ") SELECT * FROM (VALUES "),
+        36,
+        ") WHERE column1 IS NOT NULL",
+    );
     for chunk in chunks(tasks) {
         let mut query = sqlx::query(INSERT.text(chunk.len()));
         for task in chunk {
@@ -318,9 +321,11 @@ pub async fn find_requests(
 /// Remembers submits; one that is too old to count is replaced.
 pub async fn insert_requests(tx: &mut Tx, requests: &[Request]) -> Result<()> {
     static INSERT: Bulk = Bulk::new(
-        "INSERT INTO request_ids (namespace, request_id, task_id, digest, create_time) VALUES ",
+        "INSERT INTO request_ids (namespace, request_id, task_id, digest, create_time)
+         SELECT * FROM (VALUES ",
         5,
-        " ON CONFLICT (namespace, request_id) DO UPDATE SET
+        ") WHERE column1 IS NOT NULL
+         ON CONFLICT (namespace, request_id) DO UPDATE SET
             task_id = excluded.task_id, digest = excluded.digest,
             create_time = excluded.create_time",
     );
@@ -370,9 +375,11 @@ pub struct SegmentRow {
 /// Adds segments; one that is there already is left as it is.
 pub async fn insert_segments(tx: &mut Tx, segments: &[SegmentRow]) -> Result<()> {
     static INSERT: Bulk = Bulk::new(
-        "INSERT INTO segments (task_id, attempt, first_sequence, last_sequence, frames) VALUES ",
+        "INSERT INTO segments (task_id, attempt, first_sequence, last_sequence, frames)
+         SELECT * FROM (VALUES ",
         5,
-        " ON CONFLICT (task_id, first_sequence) DO UPDATE SET
+        ") WHERE column1 IS NOT NULL
+         ON CONFLICT (task_id, first_sequence) DO UPDATE SET
             last_sequence = excluded.last_sequence, frames = excluded.frames
             WHERE excluded.last_sequence > segments.last_sequence",
     );
