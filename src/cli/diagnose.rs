@@ -17,7 +17,7 @@ pub async fn waiting(client: &Client, task_id: &str, model: &str) -> Option<Stri
     let client = client.clone().with_timeout(TIMEOUT);
     let request = pb::ExplainTaskRequest { task_id: task_id.to_owned() };
     let mut tasks = client.tasks();
-    let explanation = client.once(tasks.explain_task(request)).await.ok()?;
+    let mut explanation = client.once(tasks.explain_task(request)).await.ok()?;
     let mut warning = match explanation.reason() {
         Reason::QueuePaused
         | Reason::NoRunnerForModel
@@ -35,6 +35,8 @@ pub async fn waiting(client: &Client, task_id: &str, model: &str) -> Option<Stri
     if explanation.reason() == Reason::NoRunnerForModel {
         let known = models(&client).await;
         if let Some(near) = nearest_model(model, &known) {
+            // Nobody should start a runner for a typo.
+            explanation.next_step = format!("cancel it: baton task cancel {task_id}");
             let _ = write!(warning, "; did you mean `{near}`?");
         } else if known.is_empty() {
             warning.push_str("; no runner is connected");

@@ -171,6 +171,9 @@ impl Failure {
             }
             (_, Some("HISTORY_DROPPED")) => failure.hint("start later with --from"),
             (Exit::Unreachable, _) => failure.hint("see how the server is: baton doctor"),
+            (_, Some("UNIMPLEMENTED")) => {
+                failure.hint("compare the versions of server and command: baton version")
+            }
             (Exit::Unexpected, _) => {
                 failure.hint("look for the correlation id in the server's log")
             }

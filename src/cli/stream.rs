@@ -305,6 +305,9 @@ pub fn ended_failure(
         Exit::TaskExpired => failure
             .hint(format!("see what it waited for: baton task explain {task_id}"))
             .hint(format!("run it again: baton task retry {task_id}")),
+        _ if failure.reason.as_deref() == Some("INPUT_REJECTED") => {
+            failure.hint("run it again with another input")
+        }
         _ => failure
             .hint(format!("see each attempt: baton task events {task_id}"))
             .hint(format!("run it again: baton task retry {task_id}")),

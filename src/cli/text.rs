@@ -118,6 +118,7 @@ pub fn event(event: &pb::TaskEvent) -> String {
             format!("gap: {} to {} are lost: {}", gap.first_sequence, event.sequence, gap.reason)
         }
         Body::Ended(ended) => match &ended.error {
+            Some(error) if error.reason == state(ended.state) => error.message.clone(),
             Some(error) => format!("{}: {}: {}", state(ended.state), error.reason, error.message),
             None => state(ended.state).into(),
         },
