@@ -9,6 +9,7 @@
 
 mod agent;
 mod auth;
+mod determinism;
 mod failover;
 mod harness;
 mod overload;
