@@ -1,6 +1,8 @@
 //! Traces leave the process: a call's span reaches a collector as a child of the caller's.
 //! Alone in its file, since a process has one subscriber.
 
+#![expect(clippy::unwrap_used, clippy::format_collect, reason = "a test fails by panicking")]
+
 use std::time::Duration;
 
 use baton::{

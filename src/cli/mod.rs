@@ -53,7 +53,7 @@ pub struct Globals {
     /// Address of the server
     #[arg(long, global = true, env = "BATON_ADDRESS", value_name = "URL", default_value = DEFAULT_ADDRESS)]
     address: String,
-    /// File with the API key; the variable BATON_API_KEY may hold the key itself
+    /// File with the API key; the variable `BATON_API_KEY` may hold the key itself
     #[arg(long, global = true, env = "BATON_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
     /// Form of the output
@@ -62,7 +62,7 @@ pub struct Globals {
     /// Longest time: of a call (default 30s), or to wait for a task (default for ever)
     #[arg(long, global = true, env = "BATON_TIMEOUT", value_name = "DURATION", value_parser = units::parse_duration)]
     timeout: Option<Duration>,
-    /// No colours; NO_COLOR does the same
+    /// No colours; `NO_COLOR` does the same
     #[arg(long, global = true)]
     no_color: bool,
     /// No notices, summaries and progress; errors and data only

@@ -65,7 +65,7 @@ pub struct StartArgs {
     /// Engine that executes the tasks
     #[arg(long, value_enum, env = "BATON_RUNNER_ENGINE")]
     engine: EngineName,
-    /// Model that it serves, owner/name[@version] or *; may be given several times
+    /// Model that it serves, owner/name, owner/name@version or *; may be given several times
     #[arg(long, env = "BATON_RUNNER_MODELS", value_delimiter = ',')]
     model: Vec<String>,
     /// Most tasks at once
@@ -89,7 +89,7 @@ pub struct StartArgs {
     /// Let events wait this long to travel together
     #[arg(long, value_parser = units::parse_duration, default_value = "0s", value_name = "DURATION")]
     flush_interval: Duration,
-    /// openai: base address of the server, such as http://127.0.0.1:8000/v1
+    /// openai: base address of the server, such as <http://127.0.0.1:8000/v1>
     #[arg(long, value_name = "URL", help_heading = "Engine openai")]
     upstream: Option<String>,
     /// openai: name of the model there; the task's when absent

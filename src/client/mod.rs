@@ -172,7 +172,7 @@ impl Client {
         KeyServiceClient::new(self.transport()).max_decoding_message_size(MAX_MESSAGE)
     }
 
-    /// A new request_id.
+    /// A new `request_id`.
     pub fn request_id(&self) -> String {
         let mut bytes = [0; 16];
         self.entropy.fill(&mut bytes);

@@ -1,7 +1,7 @@
 //! The server's configuration: one typed tree, its defaults, and what it refuses.
 //!
 //! Values come from the defaults, a TOML file, `BATON_*` variables and flags, later ones
-//! winning; [`load`] does that and remembers where each came from. A key `server.io_threads`
+//! winning; [`load()`] does that and remembers where each came from. A key `server.io_threads`
 //! has the variable `BATON_SERVER_IO_THREADS`. An empty text means "off".
 
 mod load;

@@ -1,4 +1,4 @@
-//! What grows old: remembered request_ids.
+//! What grows old: remembered `request_ids`.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use crate::{
 };
 
 /// Between two rounds.
-const EVERY: Duration = Duration::from_secs(600);
+const EVERY: Duration = Duration::from_mins(10);
 /// Rows deleted in one transaction, so that none waits long behind it.
 const CHUNK: u32 = 1000;
 
-/// Forgets request_ids that no longer count; returns how many.
+/// Forgets `request_ids` that no longer count; returns how many.
 pub async fn run_once(db: &Db, now: Micros) -> Result<u64> {
     let before = now - store::REQUEST_ID_TTL;
     let mut n_forgotten = 0;

@@ -99,7 +99,7 @@ impl Default for RetryPolicy {
         Self {
             max_attempts: 3,
             initial_backoff: Duration::from_secs(1),
-            max_backoff: Duration::from_secs(60),
+            max_backoff: Duration::from_mins(1),
             multiplier: 2.0,
             jitter: 0.2,
             retry_on: Vec::new(),

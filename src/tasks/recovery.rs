@@ -60,7 +60,7 @@ async fn resume(parts: &Parts, task: &Task) -> Result<()> {
         .await?;
     let durable = segments.last().map_or(task.base_sequence, |(last, _)| *last);
     let tokens = segments.iter().flat_map(|(_, frames)| relay::frames(frames.clone()).flatten());
-    let tokens = tokens.filter(|frame| is_token(frame)).count();
+    let tokens = tokens.filter(is_token).count();
     parts.queue.resumed(&task.namespace, &task.spec.model, id);
     parts.relay.open(id).resume_attempt(
         attempt,

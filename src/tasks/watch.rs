@@ -1,4 +1,4 @@
-//! WatchTasks: the timeline entries of a whole namespace as they are committed.
+//! `WatchTasks`: the timeline entries of a whole namespace as they are committed.
 //!
 //! A watcher is a position and reads rows when the bell rings, so it costs nothing while nothing
 //! happens, misses nothing, and delays nobody.

@@ -20,11 +20,11 @@ const MAX_JSON: usize = 1 << 20;
 /// Most labels.
 const MAX_LABELS: usize = 64;
 /// Longest execution timeout.
-const MAX_EXECUTION: Duration = Duration::from_secs(7 * 24 * 3600);
+const MAX_EXECUTION: Duration = Duration::from_hours(168);
 /// Execution timeout when none is given.
-const DEFAULT_EXECUTION: Duration = Duration::from_secs(3600);
+const DEFAULT_EXECUTION: Duration = Duration::from_hours(1);
 /// Longest wait of any kind.
-const MAX_WAIT: Duration = Duration::from_secs(366 * 24 * 3600);
+const MAX_WAIT: Duration = Duration::from_hours(8784);
 
 /// A checked submit.
 #[derive(Clone, Debug)]
@@ -112,7 +112,7 @@ pub fn task_id(field: &str, text: &str) -> Result<TaskId> {
     })
 }
 
-/// A request_id on its own.
+/// A `request_id` on its own.
 pub fn request_id(field: &str, text: &str) -> Result<Option<String>> {
     let mut check = Check::default();
     let request_id = check.request_id(field, text);

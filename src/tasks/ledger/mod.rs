@@ -65,7 +65,7 @@ pub struct NewTask {
 pub struct Submitted {
     /// The task, as it is now.
     pub task: Arc<Task>,
-    /// Whether this call made it, rather than an earlier one with the same request_id.
+    /// Whether this call made it, rather than an earlier one with the same `request_id`.
     pub new: bool,
 }
 
@@ -178,8 +178,8 @@ impl Ledger {
         self.ask_all(asks, applied).await
     }
 
-    /// Applies an event to a task: LEASE_LOST when it names an attempt that does not hold the
-    /// lease, STATE_CONFLICT when the task has ended.
+    /// Applies an event to a task: `LEASE_LOST` when it names an attempt that does not hold the
+    /// lease, `STATE_CONFLICT` when the task has ended.
     pub async fn apply(&self, id: TaskId, event: state::Event) -> Result<Arc<Task>> {
         let mut answers = self.ask_all([Ask::Apply(id, event)], applied).await;
         answers.pop().unwrap_or_else(|| Err(lost()))

@@ -104,7 +104,7 @@ pub fn new_task() -> NewTask {
             required_labels: Default::default(),
             deadline: None,
             start_timeout: None,
-            execution_timeout: Duration::from_secs(60),
+            execution_timeout: Duration::from_mins(1),
             retry: RetryPolicy { jitter: 0.0, ..RetryPolicy::default() },
             seed: 1,
             session: None,
@@ -170,7 +170,7 @@ async fn a_poison_task_is_dead_lettered_with_the_reason_of_each_attempt() {
         assert_eq!(task.attempt, attempt);
         bench.finish(&task, broken()).await.unwrap();
         assert!(bench.start(id).await.is_err(), "a backoff or the end holds it back");
-        bench.parts.clock.advance(Duration::from_secs(60));
+        bench.parts.clock.advance(Duration::from_mins(1));
     }
     let task = bench.get(id).await;
     assert_eq!((task.state, task.failed), (State::DeadLettered, 3));

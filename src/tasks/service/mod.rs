@@ -1,4 +1,4 @@
-//! TaskService: decode, act, encode. Decisions are made in `state`, `queue` and `convert`.
+//! `TaskService`: decode, act, encode. Decisions are made in `state`, `queue` and `convert`.
 
 mod metered;
 mod submit;
@@ -142,7 +142,7 @@ fn to_status(item: Result<Frame>) -> Result<Frame, Status> {
     item.map_err(Status::from)
 }
 
-/// Cancels a task when the caller of RunTask leaves before its end.
+/// Cancels a task when the caller of `RunTask` leaves before its end.
 struct CancelOnDrop {
     service: Service,
     caller: Principal,

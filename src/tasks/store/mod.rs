@@ -15,8 +15,8 @@ use crate::{
     tasks::model::{Spec, Task},
 };
 
-/// How long a request_id is remembered.
-pub const REQUEST_ID_TTL: Duration = Duration::from_secs(24 * 3600);
+/// How long a `request_id` is remembered.
+pub const REQUEST_ID_TTL: Duration = Duration::from_hours(24);
 
 macro_rules! columns {
     () => {
@@ -286,7 +286,7 @@ pub struct Request {
     pub create_time: Micros,
 }
 
-/// The remembered submits among these, as (namespace, request_id), not older than `since`.
+/// The remembered submits among these, as (namespace, `request_id`), not older than `since`.
 pub async fn find_requests(
     tx: &mut Tx,
     keys: &[(&str, &str)],
