@@ -39,13 +39,9 @@ impl Registry {
                     && session.profile.instance == hello.profile.instance
             })
         });
-<<<<<<< HEAD
         let (key, resumed) = if let Some(key) = known {
             (key, true)
         } else {
-=======
-        let (key, resumed) = if let Some(key) = known { (key, true) } else {
->>>>>>> b1a2f04 (Settle lints)
             Self::check_name(state, namespace, &hello)?;
             (self.new_session(state, namespace, &hello), false)
         };

@@ -288,7 +288,6 @@ async fn read_output(
     let ended = link.clone();
     let mut ended = pin!(ended.ended());
     loop {
-<<<<<<< HEAD
         let message = if let Some(first) = next.take() {
             Ok(Some(first))
         } else {
@@ -298,13 +297,6 @@ async fn read_output(
                 message = messages.message() => message,
             }
         };
-=======
-        let message = if let Some(first) = next.take() { Ok(Some(first)) } else { tokio::select! {
-            biased;
-            () = &mut ended => return,
-            message = messages.message() => message,
-        } };
->>>>>>> b1a2f04 (Settle lints)
         let taken = match message {
             Ok(Some(message)) => {
                 let seq = message.seq;
