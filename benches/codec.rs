@@ -46,7 +46,9 @@ fn segments(criterion: &mut Criterion) {
     group.bench_function("put", |b| {
         b.iter(|| {
             buf.clear();
-            tokens.iter().for_each(|token| put_frame(&mut buf, token));
+            for token in &tokens {
+                put_frame(&mut buf, token);
+            }
         });
     });
     let segment = buf.clone().freeze();

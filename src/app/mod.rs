@@ -84,11 +84,8 @@ impl App {
         let data_dir = &config.storage.data_dir;
         let lock = place::lock_data_dir(data_dir)?;
         let path = data_dir.join("baton.db");
-        let db = if clock.is_simulated() {
-            Db::open_simulated(&path).await
-        } else {
-            Db::open(&path).await
-        };
+        let db =
+            if clock.is_simulated() { Db::open_simulated(&path) } else { Db::open(&path).await };
         let db = db.with_context(|| format!("cannot open {}", path.display()))?;
         db.set_headroom(config.storage.min_free);
         let supervisor = Supervisor::new();

@@ -323,7 +323,10 @@ mod tests {
         for (index, token) in tokens.iter().enumerate() {
             match printed.token(token, index as u64) {
                 Add::Text(text) => out.push_str(text),
-                Add::Anew(text) => out.push_str(&format!("|{text}")),
+                Add::Anew(text) => {
+                    out.push('|');
+                    out.push_str(&text);
+                }
             }
         }
         out

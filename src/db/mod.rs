@@ -124,7 +124,7 @@ impl Db {
 
     /// As [`open`](Self::open), for a simulation: statements take no simulated time, and
     /// nothing is synced.
-    pub async fn open_simulated(path: &Path) -> Result<Self> {
+    pub fn open_simulated(path: &Path) -> Result<Self> {
         let db = futures_executor::block_on(Self::connect_as(path, true))?;
         futures_executor::block_on(db.migrate_now())?;
         Ok(db)

@@ -24,7 +24,7 @@ pub fn explain(task: &Task, waiting: Option<Waiting>) -> pb::TaskExplanation {
         // It left the queue a moment ago, or a sweep will put it there.
         (State::Queued, None) => {
             explanation.set_reason(Why::Starting);
-            explanation.summary = "it is about to be handed to a runner".to_owned();
+            "it is about to be handed to a runner".clone_into(&mut explanation.summary);
         }
         (State::Running, _) => {
             explanation.set_reason(Why::Running);

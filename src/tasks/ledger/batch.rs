@@ -24,6 +24,9 @@ use crate::{
     },
 };
 
+/// A log at rest, and what of it is not on stable storage yet.
+type FrozenLog = (Arc<Log>, Option<SegmentData>);
+
 /// A row in the making.
 struct Row {
     task: Arc<Task>,
@@ -277,7 +280,7 @@ impl Batch {
         {
             return Err(lease_lost(id, attempt_of(event).unwrap_or_default()));
         }
-        let (head, frozen) = self.head(&was, parts);
+        let (head, frozen) = Self::head(&was, parts);
         let change = match state::apply(&was, event, now, head, parts.entropy.unit()) {
             Ok(change) => change,
             Err(rejected) => {
@@ -312,7 +315,7 @@ impl Batch {
     }
 
     /// Sequences in use. A live attempt's log is frozen, so that none is added meanwhile.
-    fn head(&self, task: &Task, parts: &Parts) -> (Head, Option<(Arc<Log>, Option<SegmentData>)>) {
+    fn head(task: &Task, parts: &Parts) -> (Head, Option<FrozenLog>) {
         let base = task.last_sequence;
         if task.state != State::Running {
             return (Head { head: base, in_doubt: None }, None);

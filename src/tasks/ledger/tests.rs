@@ -19,7 +19,7 @@ pub struct Bench {
     pub ledger: Ledger,
     /// What it works with.
     pub parts: Parts,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Bench {
@@ -40,7 +40,7 @@ impl Bench {
         let (ledger, writer) = new(parts.clone());
         #[expect(clippy::disallowed_methods, reason = "the test's runtime ends it")]
         tokio::spawn(writer.run());
-        Self { ledger, parts, _dir: dir }
+        Self { ledger, parts, dir }
     }
 
     /// The same database after a restart, with a relay that knows nothing.
@@ -50,7 +50,7 @@ impl Bench {
         let (ledger, writer) = new(parts.clone());
         #[expect(clippy::disallowed_methods, reason = "the test's runtime ends it")]
         tokio::spawn(writer.run());
-        Self { ledger, parts, _dir: self._dir }
+        Self { ledger, parts, dir: self.dir }
     }
 
     pub async fn submit(&self, new: NewTask) -> Submitted {
