@@ -28,7 +28,7 @@ fn queued() -> Task {
             required_labels: BTreeMap::new(),
             deadline: None,
             start_timeout: None,
-            execution_timeout: Duration::from_secs(600),
+            execution_timeout: Duration::from_mins(10),
             retry: RetryPolicy::default(),
             seed: 0,
             session: None,
