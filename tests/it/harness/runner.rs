@@ -483,8 +483,11 @@ async fn beat(
         }
         let heartbeat =
             pb::RunnerHeartbeat { held_digest: digest.0, held: held.len() as u32, ..default() };
-        let body = Some(connect_request::Body::Heartbeat(heartbeat));
-        if control.send(pb::ConnectRequest { body, ..default() }).await.is_err() {
+        let message = pb::ConnectRequest {
+            body: Some(connect_request::Body::Heartbeat(heartbeat)),
+            ..default()
+        };
+        if control.send(message).await.is_err() {
             return;
         }
     }
