@@ -1,6 +1,8 @@
 //! The real agent on the real service, over connections that are cut at random: nothing is
 //! lost, nothing runs twice, every transcript is whole.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use baton::{
