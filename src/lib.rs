@@ -95,3 +95,8 @@ pub mod queues;
 pub mod app;
 pub mod cli;
 pub mod client;
+
+/// The client of the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -55,7 +55,8 @@ fn commands_in_the_documents_exist() {
     use clap::Parser as _;
     let mut wrong = Vec::new();
     let readme = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("README.md");
-    for path in [readme, document("operations.md"), document("protocol.md")] {
+    let pages = ["benchmarks.md", "clients.md", "engines.md", "operations.md", "protocol.md"];
+    for path in std::iter::once(readme).chain(pages.map(document)) {
         // A command may go on behind a backslash.
         let text = fs::read_to_string(&path).unwrap_or_default().replace("\\\n", " ");
         for line in text.lines().map(|line| line.trim_start_matches("$ ")) {
@@ -79,7 +80,7 @@ fn words(command: &str) -> Vec<String> {
         match (quote, c) {
             (Some(q), c) if q == c => quote = None,
             (None, '"' | '\'') => (quote, open) = (Some(c), true),
-            (None, '|' | '>' | '&') => break,
+            (None, '|' | '<' | '>' | '&') => break,
             (None, c) if c.is_whitespace() => {
                 if open || !word.is_empty() {
                     words.push(std::mem::take(&mut word));

@@ -10,6 +10,8 @@ use std::{fs::File, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use tokio_util::sync::CancellationToken;
 
+pub use place::make_data_dir;
+
 use crate::{
     blob::Blobs,
     clock::Clock,

@@ -27,13 +27,18 @@ pub(super) fn bind(addr: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> 
     })
 }
 
-/// Makes the data directory for its owner alone, and takes it for this process.
-pub(super) fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
+/// Makes the data directory, unless it is there, for its owner alone.
+pub fn make_data_dir(dir: &Path) -> anyhow::Result<()> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .with_context(|| format!("cannot make the data directory {}", dir.display()))?;
+        .with_context(|| format!("cannot make the data directory {}", dir.display()))
+}
+
+/// Makes the data directory and takes it for this process.
+pub(super) fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
+    make_data_dir(dir)?;
     let path = dir.join("baton.lock");
     let file = File::options()
         .create(true)
@@ -44,10 +49,9 @@ pub(super) fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
         .with_context(|| format!("cannot write to the data directory {}", dir.display()))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => bail!(
-            "the data directory {} is in use by another server; stop it or choose another directory with --data-dir",
-            dir.display()
-        ),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!("the data directory {} is in use by another server", dir.display())
+        }
         Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
 }

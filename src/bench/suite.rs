@@ -48,6 +48,16 @@ const CASES: [(&str, Case); 10] = [
     ("cancel,reconnect", interruptions),
 ];
 
+/// A name out of [`CASES`], for the command line.
+pub fn case(name: &str) -> Result<String, String> {
+    let mut known = CASES.iter().flat_map(|(names, _)| names.split(','));
+    if known.clone().any(|known| known.eq_ignore_ascii_case(name)) {
+        return Ok(name.to_owned());
+    }
+    let last = known.next_back().unwrap_or_default();
+    Err(format!("the cases are {} and {last}", known.collect::<Vec<_>>().join(", ")))
+}
+
 /// Runs the cases of a plan; `done` sees each row as soon as it is there.
 pub fn run(plan: &Plan, mut done: impl FnMut(&str, &[Row])) -> Vec<Row> {
     let mut rows = Vec::new();

@@ -1,7 +1,10 @@
 //! `dev`: server and runner in one process, ready in a moment.
 
 use std::fmt::Write as _;
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 use serde_json::json;
@@ -93,7 +96,7 @@ pub async fn run(context: &Context, args: &DevArgs) -> Outcome {
     let entropy = Entropy::system();
     let app = App::start(config, context.clock.clone(), entropy.clone())
         .await
-        .map_err(|error| start_failure(error, args.addr))?;
+        .map_err(|error| start_failure(error, "baton dev", Some(args.addr)))?;
     let key = admin_key(args, &data_dir)?;
     let drain = Shutdown::default();
     if !args.no_runner {
@@ -103,7 +106,7 @@ pub async fn run(context: &Context, args: &DevArgs) -> Outcome {
     let mut interrupts = Interrupts::new()?;
     let shown = tokio::select! {
         () = until_stopped(&app, &mut interrupts) => None,
-        shown = demo(context, args, &app, key.as_deref()) => Some(shown),
+        shown = demo(context, args, &app, key.as_deref(), &data_dir) => Some(shown),
     };
     if let Some(Ok(())) = shown {
         until_stopped(&app, &mut interrupts).await;
@@ -117,7 +120,7 @@ pub async fn run(context: &Context, args: &DevArgs) -> Outcome {
     }
 }
 
-fn configure(context: &Context, args: &DevArgs, data_dir: &std::path::Path) -> Outcome<Config> {
+fn configure(context: &Context, args: &DevArgs, data_dir: &Path) -> Outcome<Config> {
     if !args.auth && !args.addr.ip().is_loopback() {
         return Err(Failure::usage(format!(
             "refusing to listen on {} without credentials: everybody who reaches it would be an admin",
@@ -145,7 +148,7 @@ fn configure(context: &Context, args: &DevArgs, data_dir: &std::path::Path) -> O
 }
 
 /// With `--auth`, the key that the first start left in the data directory.
-fn admin_key(args: &DevArgs, data_dir: &std::path::Path) -> Outcome<Option<String>> {
+fn admin_key(args: &DevArgs, data_dir: &Path) -> Outcome<Option<String>> {
     if !args.auth {
         return Ok(None);
     }
@@ -198,7 +201,7 @@ fn start_runners(
     }
 }
 
-async fn banner(context: &Context, args: &DevArgs, app: &App, data_dir: &std::path::Path) {
+async fn banner(context: &Context, args: &DevArgs, app: &App, data_dir: &Path) {
     let output = &context.output;
     let url = local_url(app);
     let place = match (args.ephemeral, std::fs::canonicalize(data_dir)) {
@@ -228,32 +231,68 @@ async fn banner(context: &Context, args: &DevArgs, app: &App, data_dir: &std::pa
     ] {
         output.note(format!("  {} {value}", output.dim(&format!("{name:<8}"))));
     }
-    let mut prefix = String::from("baton");
-    if url != super::DEFAULT_ADDRESS {
-        let _ = write!(prefix, " --address {url}");
+    let prefix = prefix(args, app, data_dir);
+    output.note("\nin another terminal, try\n");
+    if let Some(exe) = unnamed() {
+        output.note(format!("  alias baton={}", quoted(&exe)));
     }
-    if args.auth {
-        let _ = write!(prefix, " --api-key-file {}", data_dir.join("admin.key").display());
-    }
-    output.note("\nin another terminal, try");
     for command in [
         format!("{prefix} run {NGRAM} -i prompt=\"{PROMPT}\""),
         format!("{prefix} submit {ECHO} -i text=hello --follow"),
         format!("{prefix} task list"),
+        format!("{prefix} --help"),
     ] {
         output.note(format!("  {command}"));
     }
     output.note("\nCtrl-C stops it\n");
 }
 
+/// How a command that reaches this server begins.
+fn prefix(args: &DevArgs, app: &App, data_dir: &Path) -> String {
+    let mut prefix = String::from("baton");
+    let url = local_url(app);
+    if url != super::DEFAULT_ADDRESS {
+        let _ = write!(prefix, " --address {url}");
+    }
+    if args.auth {
+        let file = data_dir.join("admin.key");
+        let file = std::fs::canonicalize(&file).unwrap_or(file);
+        let _ = write!(prefix, " --api-key-file {}", quoted(&file));
+    }
+    prefix
+}
+
+/// This binary, unless the shell finds it as `baton`: cargo runs it from where it was built.
+fn unnamed() -> Option<PathBuf> {
+    let exe = std::env::current_exe().and_then(std::fs::canonicalize).ok()?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .filter_map(|dir| std::fs::canonicalize(dir.join("baton")).ok())
+        .next();
+    (found.as_ref() != Some(&exe)).then_some(exe)
+}
+
+/// A path as one word of a shell.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+".contains(c));
+    if plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
 /// Runs the demonstration, if asked to.
-async fn demo(context: &Context, args: &DevArgs, app: &App, key: Option<&str>) -> Outcome<()> {
+async fn demo(
+    context: &Context,
+    args: &DevArgs,
+    app: &App,
+    key: Option<&str>,
+    data_dir: &Path,
+) -> Outcome<()> {
     if !args.demo {
         return Ok(());
     }
     let output = &context.output;
     let client = Client::connect(&local_url(app), key).await?;
-    output.note(format!("demo: {NGRAM} goes on from \"{PROMPT}\"\n"));
+    output.note(format!("demo: {NGRAM}, a small language model, continues a prompt\n"));
     let map = |value: serde_json::Value| match value {
         serde_json::Value::Object(map) => Some(struct_from_map(map)),
         _ => None,
@@ -269,6 +308,8 @@ async fn demo(context: &Context, args: &DevArgs, app: &App, key: Option<&str>) -
     let response =
         client.submit(request).await.map_err(|e| Failure::of_call("submit the task", &e))?;
     let id = response.task.unwrap_or_default().task_id;
+    // The prompt is no token, but the tokens go on from it.
+    output.lead(output.dim(PROMPT));
     let mut printer = Printer::new(output, &id);
     let mut follow = client.follow(&id, 1);
     while let Some(update) = follow
@@ -281,13 +322,23 @@ async fn demo(context: &Context, args: &DevArgs, app: &App, key: Option<&str>) -
         }
     }
     printer.finish()?;
-    output.note("\nthe server stays up; look at what happened:");
-    let address = local_url(app);
-    let prefix = if address == super::DEFAULT_ADDRESS {
-        "baton".to_owned()
-    } else {
-        format!("baton --address {address}")
-    };
-    output.note(format!("  {prefix} task events {id}"));
+    output.note("\nthe server stays up; see what happened, in another terminal:\n");
+    output.note(format!("  {} task events {id}", prefix(args, app, data_dir)));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_one_word_of_a_shell() {
+        assert_eq!(quoted(Path::new("/opt/baton-1.0/baton")), "/opt/baton-1.0/baton");
+        assert_eq!(quoted(Path::new("/my dir/it's")), r"'/my dir/it'\''s'");
+    }
+
+    #[test]
+    fn a_test_binary_is_not_what_the_shell_calls_baton() {
+        assert_eq!(unnamed(), std::env::current_exe().and_then(std::fs::canonicalize).ok());
+    }
 }

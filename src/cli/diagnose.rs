@@ -12,8 +12,22 @@ use crate::{
 /// The explanation must not hold up the tokens.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
+/// What cancels the task that waits, for a person who sees the warning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancel {
+    /// Leaving the command that shows it.
+    Leave,
+    /// A command of its own.
+    Command,
+}
+
 /// One warning when the task waits for something that will not come by itself.
-pub async fn waiting(client: &Client, task_id: &str, model: &str) -> Option<String> {
+pub async fn waiting(
+    client: &Client,
+    task_id: &str,
+    model: &str,
+    cancel: Cancel,
+) -> Option<String> {
     let client = client.clone().with_timeout(TIMEOUT);
     let request = pb::ExplainTaskRequest { task_id: task_id.to_owned() };
     let mut tasks = client.tasks();
@@ -36,7 +50,10 @@ pub async fn waiting(client: &Client, task_id: &str, model: &str) -> Option<Stri
         let known = models(&client).await;
         if let Some(near) = nearest_model(model, &known) {
             // Nobody should start a runner for a typo.
-            explanation.next_step = format!("cancel it: baton task cancel {task_id}");
+            explanation.next_step = match cancel {
+                Cancel::Leave => "Ctrl-C cancels it".to_owned(),
+                Cancel::Command => format!("cancel it: baton task cancel {task_id}"),
+            };
             let _ = write!(warning, "; did you mean `{near}`?");
         } else if known.is_empty() {
             warning.push_str("; no runner is connected");

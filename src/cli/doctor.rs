@@ -10,6 +10,7 @@ use super::{
     Context, diagnose,
     exit::{Exit, Outcome},
     server::ConfigArgs,
+    text,
 };
 use crate::{agent, client::Client, pb};
 
@@ -66,7 +67,10 @@ fn configuration(args: &DoctorArgs, checks: &mut Vec<Check>) {
             checks.push(check(
                 "configuration",
                 Mark::Good,
-                format!("valid, {n_set} value(s) differ from the defaults"),
+                match n_set {
+                    0 => "valid, all defaults".to_owned(),
+                    n => format!("valid, {} set", text::count(n as u64, "value")),
+                },
                 None,
             ));
         }

@@ -88,7 +88,7 @@ impl Exit {
 pub struct Failure {
     /// The exit code.
     pub exit: Exit,
-    /// What failed, with the value seen.
+    /// What failed, with the value seen; empty where nobody is left to tell.
     pub message: String,
     /// The likely cause, one line each.
     pub causes: Vec<String>,
@@ -235,10 +235,21 @@ impl From<ConnectError> for Failure {
         let message = error.to_string();
         match error {
             ConnectError::Address(_) | ConnectError::Key => Self::usage(message),
-            ConnectError::Unreachable { source, .. } => Self::new(Exit::Unreachable, message)
-                .cause(root_cause(&source))
-                .hint("start a server on this machine: baton dev")
-                .hint("or name another one: --address http://HOST:PORT (or BATON_ADDRESS)"),
+            ConnectError::Unreachable { address, source } => {
+                let failure = Self::new(Exit::Unreachable, message).cause(root_cause(&source));
+                // What rustls makes of an answer that is not TLS.
+                let plain = address
+                    .strip_prefix("https://")
+                    .filter(|_| failure.causes[0].contains("corrupt message"));
+                if let Some(rest) = plain {
+                    return failure
+                        .cause("whoever listens there does not speak TLS")
+                        .hint(format!("go without: --address http://{rest}"));
+                }
+                failure
+                    .hint("start a server on this machine: baton dev")
+                    .hint("or name another one: --address http://HOST:PORT (or BATON_ADDRESS)")
+            }
         }
     }
 }
@@ -279,7 +290,7 @@ impl From<anyhow::Error> for Failure {
 }
 
 /// The innermost cause, which says most.
-fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
+pub fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
     let mut error = error;
     while let Some(source) = error.source() {
         error = source;

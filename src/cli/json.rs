@@ -3,11 +3,11 @@
 //! It works from the descriptors, so that a new field shows without a line here, and a field
 //! that does not exist is an error with its name.
 
-use std::sync::LazyLock;
+use std::{collections::BTreeSet, sync::LazyLock};
 
 use prost::Message;
 use prost_reflect::{
-    DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor, SerializeOptions,
+    DescriptorPool, DeserializeOptions, DynamicMessage, Kind, MessageDescriptor, SerializeOptions,
 };
 use serde_json::Value;
 
@@ -44,15 +44,32 @@ pub fn of<M: Message>(name: &str, message: &M) -> Outcome<Value> {
 /// are errors.
 pub fn parse<M: Message + Default>(name: &str, value: Value) -> Result<M, String> {
     let descriptor = descriptor(name).map_err(|failure| failure.message)?;
-    let fields: Vec<String> = descriptor.fields().map(|field| field.name().to_owned()).collect();
+    let fields = fields(&descriptor);
     let options = DeserializeOptions::new().deny_unknown_fields(true);
     let dynamic = DynamicMessage::deserialize_with_options(descriptor, value, &options)
         .map_err(|error| explain(&error.to_string(), &fields))?;
     M::decode(dynamic.encode_to_vec().as_slice()).map_err(|error| error.to_string())
 }
 
+/// Names of the fields of a message and of all messages in it.
+fn fields(message: &MessageDescriptor) -> BTreeSet<String> {
+    let (mut names, mut seen, mut todo) = (BTreeSet::new(), BTreeSet::new(), vec![message.clone()]);
+    while let Some(message) = todo.pop() {
+        if !seen.insert(message.full_name().to_owned()) {
+            continue;
+        }
+        for field in message.fields() {
+            names.insert(field.name().to_owned());
+            if let Kind::Message(inner) = field.kind() {
+                todo.push(inner);
+            }
+        }
+    }
+    names
+}
+
 /// Adds the known name that most resembles an unknown one.
-fn explain(error: &str, known: &[String]) -> String {
+fn explain(error: &str, known: &BTreeSet<String>) -> String {
     let wrong = error.split('\'').nth(1).or_else(|| error.split('`').nth(1)).unwrap_or_default();
     match super::near::nearest(wrong, known.iter().map(String::as_str)) {
         Some(name) if name != wrong => format!("{error}; did you mean `{name}`?"),
@@ -81,6 +98,9 @@ mod tests {
     fn an_unknown_field_is_refused_with_the_likely_one() {
         let error = parse::<pb::TaskSpec>("TaskSpec", json!({ "modle": "a/b" })).unwrap_err();
         assert!(error.contains("modle") && error.contains("did you mean `model`"), "{error}");
+        let nested = json!({ "model": "a/b", "retry": { "max_attemps": 3 } });
+        let error = parse::<pb::TaskSpec>("TaskSpec", nested).unwrap_err();
+        assert!(error.contains("did you mean `max_attempts`"), "{error}");
     }
 
     #[test]

@@ -101,10 +101,11 @@ pub async fn queue(context: &Context, command: &QueueCommand) -> Outcome {
                 .await
                 .map_err(fail(format!("pause the queue of {model}")))?;
             tasks::changed(output, "Queue", &changed)?;
-            output.note(format!(
-                "the queue of {model} is paused; {} running task(s) go on",
-                changed.running
-            ));
+            let running = match u64::from(changed.running) {
+                0 => "nothing runs".to_owned(),
+                n => format!("{} still running", text::count(n, "task")),
+            };
+            output.note(format!("the queue of {model} is paused; {running}"));
             output.next("go on", format_args!("baton queue resume {model}"));
         }
         QueueCommand::Resume { model } => {
@@ -118,7 +119,8 @@ pub async fn queue(context: &Context, command: &QueueCommand) -> Outcome {
                 .await
                 .map_err(fail(format!("resume the queue of {model}")))?;
             tasks::changed(output, "Queue", &changed)?;
-            output.note(format!("the queue of {model} goes on; {} task(s) wait", changed.depth));
+            let waiting = text::count(changed.depth, "task");
+            output.note(format!("the queue of {model} goes on; {waiting} waiting"));
             output.next("watch it", format_args!("baton queue get {model}"));
         }
     }
@@ -179,7 +181,7 @@ pub async fn failures(context: &Context, command: &FailuresCommand) -> Outcome {
     match command {
         FailuresCommand::List { model, limit } => {
             let (tasks, more) = dead(&client, model.as_ref(), (*limit).max(1)).await?;
-            tasks::table(context, &tasks)?;
+            tasks::table(context, "dead_letters", &tasks)?;
             if more {
                 output.note(format!("more than {} match; see more with --limit", tasks.len()));
             }
@@ -190,25 +192,40 @@ pub async fn failures(context: &Context, command: &FailuresCommand) -> Outcome {
         }
         FailuresCommand::Retry(which) => {
             let ids = which.ids(&client, "retry").await?;
-            if ids.len() > 1 {
-                output.confirm(&format!("Retry {} dead letter(s)?", ids.len()))?;
+            if ids.is_empty() {
+                output.note("no dead letters");
+                return output.changed::<pb::Task>(("Task", "tasks"), &[]).map(|()| Exit::Ok);
             }
+            let letters = text::count(ids.len() as u64, "dead letter");
+            if ids.len() > 1 {
+                output.confirm(&format!("Retry {letters}?"))?;
+            }
+            let mut made = Vec::new();
             for id in &ids {
                 let new = tasks::retry(&client, id, client.request_id())
                     .await
                     .map_err(|error| Failure::of_call(&format!("retry task {id}"), &error))?;
-                output.message("Task", &new, |new| new.task_id.clone())?;
+                if output.is_text() {
+                    output.line(&new.task_id)?;
+                }
+                made.push(new);
             }
-            output.note(format!("{} dead letter(s) submitted again", ids.len()));
+            output.changed(("Task", "tasks"), &made)?;
+            output.note(format!("{letters} submitted again"));
             output.next("watch them", "baton task list");
         }
         FailuresCommand::Discard(which) => {
             let ids = which.ids(&client, "discard").await?;
-            output.confirm(&format!("Delete {} dead letter(s) for good?", ids.len()))?;
+            if ids.is_empty() {
+                output.note("no dead letters");
+                return Ok(Exit::Ok);
+            }
+            let letters = text::count(ids.len() as u64, "dead letter");
+            output.confirm(&format!("Delete {letters} for good?"))?;
             for id in &ids {
                 tasks::delete(&client, id).await?;
             }
-            output.note(format!("{} dead letter(s) deleted", ids.len()));
+            output.note(format!("{letters} deleted"));
         }
     }
     Ok(Exit::Ok)

@@ -3,6 +3,7 @@
 use std::{
     fmt::{Display, Write as _},
     io::{self, IsTerminal as _, Write as _},
+    os::fd::AsFd,
 };
 
 use clap::ValueEnum;
@@ -40,6 +41,8 @@ pub struct Output {
     colour: bool,
     stdout_tty: bool,
     stderr_tty: bool,
+    /// Whether stdout and stderr are one file, as after `2>&1`.
+    joined: bool,
 }
 
 impl Output {
@@ -55,7 +58,17 @@ impl Output {
             colour: stderr_tty && !no_color,
             stdout_tty: io::stdout().is_terminal(),
             stderr_tty,
+            joined: same_file(io::stdout(), io::stderr()),
         }
+    }
+
+    /// Ends the line on which a terminal showed `^C`; says whether there is one.
+    pub fn after_interrupt(&self) -> bool {
+        if self.stderr_tty {
+            // Nobody is left to tell when stderr is closed.
+            let _ = writeln!(io::stderr());
+        }
+        self.stderr_tty
     }
 
     /// Whether data is for people.
@@ -63,9 +76,19 @@ impl Output {
         self.format == Format::Text
     }
 
-    /// Whether stdout is a terminal.
-    pub fn stdout_is_terminal(&self) -> bool {
-        self.stdout_tty
+    /// Ends a line of data that is not ended, where words or a prompt would stick to it. Data
+    /// that go to a file or a pipe of their own stay as they are.
+    pub fn end_line(&self) {
+        if self.quiet && !self.stdout_tty {
+            return;
+        }
+        let ended = match (self.stdout_tty, self.joined) {
+            (true, _) => writeln!(io::stdout()),
+            (false, true) => writeln!(io::stderr()),
+            (false, false) => Ok(()),
+        };
+        // Nobody is left to tell when both are closed.
+        let _ = ended;
     }
 
     /// Whether progress may be shown.
@@ -116,7 +139,7 @@ impl Output {
     ) -> Outcome<()> {
         match self.format {
             Format::Text if items.is_empty() => {
-                self.note(format!("no {key}"));
+                self.note(format!("no {}", key.replace('_', " ")));
                 Ok(())
             }
             Format::Text => self.raw(&table(headers, items.iter().map(row))),
@@ -134,11 +157,32 @@ impl Output {
         }
     }
 
+    /// Writes messages about which words went to stderr already: `{"<key>": […]}` as `json`, a
+    /// line each as `jsonl`, nothing for people.
+    pub fn changed<M: prost::Message>(
+        &self,
+        (name, key): (&str, &str),
+        items: &[M],
+    ) -> Outcome<()> {
+        if self.is_text() {
+            return Ok(());
+        }
+        self.list((name, key), items, &[], |_| Vec::new())
+    }
+
     /// Tells something to people, on stderr, unless they want quiet.
     pub fn note(&self, text: impl Display) {
         if !self.quiet {
             // Nobody is left to tell when stderr is closed.
             let _ = writeln!(io::stderr(), "{text}");
+        }
+    }
+
+    /// Begins a line that data go on with, where both stand on one terminal.
+    pub fn lead(&self, text: impl Display) {
+        if self.joined && self.stdout_tty && self.is_text() && !self.quiet {
+            // Nobody is left to tell when stderr is closed.
+            let _ = write!(io::stderr(), "{text}");
         }
     }
 
@@ -149,13 +193,17 @@ impl Output {
         }
     }
 
-    /// Warns, on stderr, also when quiet is wanted only of success.
-    pub fn warn(&self, text: impl Display) {
-        self.note(format!("{} {text}", self.paint("warning:")));
+    /// A warning, which may end with a hint, in colour.
+    pub fn warning(&self, text: impl Display) -> String {
+        let hint = format!("\n{}", self.paint("hint:"));
+        format!("{} {}", self.paint("warning:"), text.to_string().replace("\nhint:", &hint))
     }
 
     /// Tells a failure on stderr, in the form wanted.
     pub fn failure(&self, failure: &Failure) {
+        if failure.message.is_empty() {
+            return;
+        }
         let text = match self.format {
             Format::Text => failure.text(|word| self.paint(word)),
             Format::Json | Format::Jsonl => format!("{}\n", failure.json()),
@@ -200,12 +248,17 @@ impl Output {
     }
 }
 
-/// A reader that has left, such as `head`, is no defect, but the command ends.
+fn same_file(one: impl AsFd, other: impl AsFd) -> bool {
+    match (rustix::fs::fstat(one), rustix::fs::fstat(other)) {
+        (Ok(one), Ok(other)) => (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino),
+        _ => false,
+    }
+}
+
+/// A reader that has left, such as `head`, is no defect: the command ends without a word.
 fn broken(error: &io::Error) -> Failure {
     match error.kind() {
-        io::ErrorKind::BrokenPipe => {
-            Failure::new(Exit::Interrupted, "the reader of the output left")
-        }
+        io::ErrorKind::BrokenPipe => Failure::new(Exit::Interrupted, ""),
         _ => Failure::new(Exit::Unexpected, format!("cannot write the output: {error}")),
     }
 }

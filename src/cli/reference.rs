@@ -78,7 +78,7 @@ fn section(text: &mut String, parent: &str, command: &Command) {
     let about = command.get_about().map(ToString::to_string).unwrap_or_default();
     let _ = write!(text, "\n### `{name}`\n\n{about}.\n");
     let inner: Vec<&Command> =
-        command.get_subcommands().filter(|inner| inner.get_name() != "help").collect();
+        command.get_subcommands().filter(|c| c.get_name() != "help" && !c.is_hide_set()).collect();
     if !inner.is_empty() {
         for inner in inner {
             section(text, &name, inner);

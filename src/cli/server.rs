@@ -10,10 +10,12 @@ use super::{
     output::{Format, table},
     port,
     signals::Interrupts,
+    storage,
 };
 use crate::{
     app::App,
     config::{self, Loaded, Sources},
+    error::{Error, Kind},
     id::Entropy,
     telemetry::Telemetry,
 };
@@ -85,7 +87,7 @@ async fn start(context: &Context, args: &ConfigArgs) -> Outcome {
     let wanted = config.server.addr;
     let app = App::start(config, context.clock.clone(), Entropy::system())
         .await
-        .map_err(|error| start_failure(error, wanted))?;
+        .map_err(|error| start_failure(error, "baton server start", Some(wanted)))?;
     context.output.note(format!("baton {} serves on {}", env!("CARGO_PKG_VERSION"), app.addr));
     context.output.next("data", data_dir.display());
     if let Some(path) = &app.first_key {
@@ -131,13 +133,13 @@ pub async fn stop(app: App, telemetry: Telemetry, mut interrupts: Interrupts) ->
 }
 
 /// Why a server did not start, with what to do about it.
-pub fn start_failure(error: anyhow::Error, addr: SocketAddr) -> Failure {
+pub fn start_failure(error: anyhow::Error, command: &str, addr: Option<SocketAddr>) -> Failure {
     let busy = error.chain().any(|cause| {
         cause
             .downcast_ref::<std::io::Error>()
             .is_some_and(|e| e.kind() == std::io::ErrorKind::AddrInUse)
     }) || error.to_string().contains("is in use; stop the other program");
-    if busy {
+    if let Some(addr) = addr.filter(|_| busy) {
         let failure = Failure::new(Exit::Conflict, format!("the address {addr} is in use"));
         let failure = match port::holder(addr) {
             Some(holder) => failure.cause(format!("it is held by {holder}")),
@@ -145,17 +147,20 @@ pub fn start_failure(error: anyhow::Error, addr: SocketAddr) -> Failure {
         };
         let free = SocketAddr::new(addr.ip(), 0);
         return failure
-            .hint(format!("take any free port: --addr {free}"))
-            .hint("is it a baton server? ask it: baton doctor");
+            .hint(format!("take any free port: {command} --addr {free}"))
+            .hint(format!("is it a baton server? ask it: baton doctor --address http://{addr}"));
+    }
+    if let Some(inner) = error.downcast_ref::<Error>().filter(|e| e.kind() == Kind::Unavailable) {
+        return storage::unusable(error.to_string(), inner);
     }
     let failure = Failure::from(error);
     if failure.message.contains("data directory") && failure.message.contains("in use") {
         return Failure { exit: Exit::Conflict, ..failure }
-            .hint("choose another directory: --data-dir DIR");
+            .hint(format!("choose another directory: {command} --data-dir DIR"));
     }
     if failure.message.contains("data directory") {
         return Failure { exit: Exit::Usage, ..failure }
-            .hint("choose a directory that you may write: --data-dir DIR");
+            .hint(format!("choose a directory that you may write: {command} --data-dir DIR"));
     }
     failure
 }

@@ -1,17 +1,22 @@
 //! `db`: what an operator does to the database file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{
     Context,
-    exit::{Exit, Outcome},
+    exit::{Exit, Failure, Outcome, root_cause},
     output::fields,
-    server::ConfigArgs,
+    server::{self, ConfigArgs},
 };
-use crate::{config::units, db};
+use crate::{
+    app,
+    config::units,
+    db,
+    error::{Error, Kind},
+};
 
 /// Name of the database in the data directory.
 const FILE: &str = "baton.db";
@@ -51,18 +56,31 @@ pub async fn run(context: &Context, command: &DbCommand) -> Outcome {
     match command {
         DbCommand::Status(place) => {
             let path = place.path()?;
-            let status = db::status(&path).await.map_err(named)?;
+            let status =
+                db::status(&path).await.map_err(|error| failure("look at", &path, error))?;
             print(context, &path, &status)?;
         }
         DbCommand::Migrate(place) => {
             let path = place.path()?;
-            let status = db::migrate(&path).await?;
+            app::make_data_dir(path.parent().unwrap_or(&path))
+                .map_err(|error| server::start_failure(error, "baton db migrate", None))?;
+            let status =
+                db::migrate(&path).await.map_err(|error| failure("migrate", &path, error))?;
             print(context, &path, &status)?;
             output.next("start the server", "baton server start");
         }
         DbCommand::Backup { place, to } => {
             let path = place.path()?;
-            let bytes = db::backup(&path, to).await.map_err(named)?;
+            let copied = db::backup(&path, to).await;
+            let bytes = copied.map_err(|error| {
+                match to.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+                    Some(dir) if !dir.exists() => {
+                        Failure::usage(format!("the directory {} does not exist", dir.display()))
+                            .hint(format!("make it: mkdir -p {}", dir.display()))
+                    }
+                    _ => failure("back up", &path, error),
+                }
+            })?;
             if output.is_text() {
                 output.note(format!("wrote {} ({})", to.display(), units::format_bytes(bytes)));
             } else {
@@ -80,14 +98,27 @@ pub async fn run(context: &Context, command: &DbCommand) -> Outcome {
     Ok(Exit::Ok)
 }
 
-fn named(error: crate::error::Error) -> super::exit::Failure {
-    let failure = super::exit::Failure::from(error);
-    if failure.exit == Exit::NotFound {
-        return failure.hint(
+/// An error about the database file itself, with the file's name.
+fn failure(doing: &str, path: &Path, error: Error) -> Failure {
+    match error.kind() {
+        Kind::NotFound => Failure::new(Exit::NotFound, error.to_string()).hint(
             "name the data directory of the server: --data-dir DIR (`baton dev` uses ./.baton)",
-        );
+        ),
+        Kind::Unavailable => unusable(format!("cannot {doing} {}", path.display()), &error),
+        _ => Failure::from(error),
     }
-    failure
+}
+
+/// A database that cannot be used, and what may help.
+pub fn unusable(message: String, error: &Error) -> Failure {
+    let cause = std::error::Error::source(error).map(root_cause).unwrap_or_default();
+    let foreign = cause.contains("not a database") || cause.contains("malformed");
+    let failure = Failure::new(Exit::Unexpected, message).cause(cause);
+    if foreign {
+        return failure
+            .hint("move the file away, and restore a backup if there is one: docs/operations.md");
+    }
+    failure.hint("choose a directory that you may write: --data-dir DIR")
 }
 
 fn print(context: &Context, path: &std::path::Path, status: &db::Status) -> Outcome<()> {

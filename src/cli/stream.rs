@@ -129,11 +129,18 @@ impl<'a> Printer<'a> {
         }
     }
 
-    /// On a terminal, notices must not stick to the tokens.
-    fn fresh_line(&self) {
+    /// Makes room for words after an interrupt.
+    pub fn interrupted(&self) {
+        if !self.output.after_interrupt() {
+            self.fresh_line();
+        }
+    }
+
+    /// Notices, and the prompt after the end, must not stick to the tokens.
+    pub fn fresh_line(&self) {
         let sticks = !self.printed.text.is_empty() && !self.printed.text.ends_with('\n');
-        if sticks && self.output.is_text() && self.output.stdout_is_terminal() {
-            self.output.note("");
+        if sticks && self.output.is_text() {
+            self.output.end_line();
         }
     }
 
@@ -269,8 +276,10 @@ impl<'a> Printer<'a> {
         let mut parts = vec!["succeeded".to_owned()];
         let time = usage.execution_time.map(text::duration_from_proto);
         if usage.tokens_out > 0 {
-            parts.push(format!("{} tokens", usage.tokens_out));
-            if let Some(seconds) = time.map(|time| time.as_secs_f64()).filter(|s| *s > 0.0) {
+            parts.push(text::count(usage.tokens_out, "token"));
+            let seconds = time.map(|time| time.as_secs_f64()).filter(|s| *s > 0.0);
+            // One token makes no rate.
+            if let Some(seconds) = seconds.filter(|_| usage.tokens_out > 1) {
                 parts.push(format!("{:.1} tokens/s", usage.tokens_out as f64 / seconds));
             }
         }
@@ -305,9 +314,9 @@ pub fn ended_failure(
         Exit::TaskExpired => failure
             .hint(format!("see what it waited for: baton task explain {task_id}"))
             .hint(format!("run it again: baton task retry {task_id}")),
-        _ if failure.reason.as_deref() == Some("INPUT_REJECTED") => {
-            failure.hint("run it again with another input")
-        }
+        _ if failure.reason.as_deref() == Some("INPUT_REJECTED") => failure
+            .hint(format!("see what it was given: baton task get {task_id}"))
+            .hint("give fields of the input with -i NAME=TEXT, parameters with -p NAME=VALUE"),
         _ => failure
             .hint(format!("see each attempt: baton task events {task_id}"))
             .hint(format!("run it again: baton task retry {task_id}")),

@@ -1,6 +1,6 @@
 //! `task`: look at tasks and steer them.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
 use clap::{Args, Subcommand};
 
@@ -11,7 +11,7 @@ use super::{
     output::{Output, fields},
     text,
 };
-use crate::{client::Client, pb};
+use crate::{client::Client, clock::Micros, pb};
 
 /// Commands of `task`.
 #[derive(Subcommand, Clone, Debug)]
@@ -103,6 +103,7 @@ pub async fn run(context: &Context, command: &TaskCommand) -> Outcome {
         }
         TaskCommand::Events { task } => return events(context, &client, task).await,
         TaskCommand::Cancel { tasks, reason } => {
+            let mut changed = Vec::new();
             for id in tasks {
                 let task = call(client.cancel(id, reason).await, "cancel", id)?;
                 match Exit::of_state(task.state()) {
@@ -112,11 +113,10 @@ pub async fn run(context: &Context, command: &TaskCommand) -> Outcome {
                         text::state(task.state)
                     )),
                 }
-                if !output.is_text() {
-                    output.value(&json::of("Task", &task)?)?;
-                }
                 output.next("run it again", format_args!("baton task retry {id}"));
+                changed.push(task);
             }
+            output.changed(("Task", "tasks"), &changed)?;
         }
         TaskCommand::Retry { task, request_id } => {
             let request_id = request_id.clone().unwrap_or_else(|| client.request_id());
@@ -136,8 +136,8 @@ pub async fn run(context: &Context, command: &TaskCommand) -> Outcome {
             output.message("TaskExplanation", &answer, explanation)?;
         }
         TaskCommand::Delete { tasks } => {
-            let n_tasks = tasks.len();
-            output.confirm(&format!("Delete {n_tasks} task(s) with their events and tokens?"))?;
+            let n_tasks = text::count(tasks.len() as u64, "task");
+            output.confirm(&format!("Delete {n_tasks}, events and tokens included?"))?;
             for id in tasks {
                 delete(&client, id).await?;
                 output.note(format!("task {id} is deleted"));
@@ -220,22 +220,19 @@ async fn list(context: &Context, client: &Client, args: &ListArgs) -> Outcome {
         ..Default::default()
     };
     let (tasks, more) = pages(client, request, args.limit.max(1)).await?;
-    table(context, &tasks)?;
+    table(context, "tasks", &tasks)?;
     if more {
         context.output.note(format!("more than {} match; see more with --limit", tasks.len()));
     }
     Ok(Exit::Ok)
 }
 
-/// Prints tasks as a list.
-pub fn table(context: &Context, tasks: &[pb::Task]) -> Outcome<()> {
+/// Prints tasks as a list; `key` is what they are called.
+pub fn table(context: &Context, key: &str, tasks: &[pb::Task]) -> Outcome<()> {
     let headers = ["task", "state", "model", "attempt", "age", "why"];
-    context.output.list(("Task", "tasks"), tasks, &headers, |task| {
+    context.output.list(("Task", key), tasks, &headers, |task| {
         let spec = task.spec.clone().unwrap_or_default();
-        let why = task
-            .error
-            .as_ref()
-            .map(|error| shorten(&format!("{}: {}", error.reason, error.message)));
+        let why = task.error.as_ref().map(|error| shorten(&text::why(task.state, error)));
         vec![
             task.task_id.clone(),
             text::state(task.state).into(),
@@ -297,7 +294,7 @@ fn describe(task: &pb::Task, context: &Context) -> String {
         "{} ({} failed, {} lost, {} handed back)",
         task.attempt, task.failed_attempts, task.lost_attempts, task.handed_back_attempts
     );
-    let error = task.error.as_ref().map(|error| format!("{}: {}", error.reason, error.message));
+    let error = task.error.as_ref().map(|error| text::why(task.state, error));
     let age = text::age(task.create_time, &context.clock);
     let usage = task.usage.unwrap_or_default();
     let tokens = match (usage.tokens_in, usage.tokens_out) {
@@ -336,6 +333,7 @@ fn explanation(answer: &pb::TaskExplanation) -> String {
     let mut facts: Vec<_> = answer.evidence.iter().collect();
     facts.sort();
     for (name, value) in facts {
+        let (name, value) = readable(name, value);
         let _ = writeln!(lines, "  {name}: {value}");
     }
     if !answer.next_step.is_empty() {
@@ -344,7 +342,39 @@ fn explanation(answer: &pb::TaskExplanation) -> String {
     lines
 }
 
+/// A fact with its unit as people read it: times and durations travel as numbers.
+fn readable<'a>(name: &'a str, value: &str) -> (&'a str, String) {
+    let number = value.parse::<i64>().ok();
+    if let (Some(name), Some(us)) = (name.strip_suffix("_us"), number) {
+        return (name, text::time(Some(text::timestamp(Micros(us)))));
+    }
+    if let (Some(name), Some(ms)) = (name.strip_suffix("_ms"), number) {
+        return (name, text::duration(Duration::from_millis(ms.unsigned_abs())));
+    }
+    (name, value.to_owned())
+}
+
 /// Prints an id, or the whole message, of something that was changed.
 pub fn changed(output: &Output, name: &str, message: &impl prost::Message) -> Outcome<()> {
     if output.is_text() { Ok(()) } else { output.value(&json::of(name, message)?) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_explanation_shows_times_and_durations_not_numbers() {
+        let evidence =
+            [("pause_time_us", "1795683355000000"), ("waited_ms", "2400"), ("slots", "8")];
+        let answer = pb::TaskExplanation {
+            summary: "it waits".into(),
+            evidence: evidence.map(|(name, value)| (name.into(), value.into())).into(),
+            ..Default::default()
+        };
+        let text = explanation(&answer);
+        assert!(text.contains("  pause_time: 2026-11-26T08:55:55Z\n"), "{text}");
+        assert!(text.contains("  waited: 2.4 s\n"), "{text}");
+        assert!(text.contains("  slots: 8\n"), "{text}");
+    }
 }

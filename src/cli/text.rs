@@ -38,6 +38,9 @@ pub fn duration_from_proto(duration: prost_types::Duration) -> Duration {
 
 /// A duration with as much precision as people want: `850 ms`, `2.1 s`, `3m20s`.
 pub fn duration(duration: Duration) -> String {
+    if !duration.is_zero() && duration < Duration::from_millis(1) {
+        return "<1 ms".into();
+    }
     if duration < Duration::from_secs(1) {
         return format!("{} ms", duration.as_millis());
     }
@@ -50,6 +53,12 @@ pub fn duration(duration: Duration) -> String {
 /// A proto duration, or nothing.
 pub fn optional_duration(value: Option<prost_types::Duration>) -> String {
     value.map(|value| duration(duration_from_proto(value))).unwrap_or_default()
+}
+
+/// A number of things: `1 task`, `2 tasks`.
+pub fn count(n: impl Into<u64>, thing: &str) -> String {
+    let n = n.into();
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }
 
 /// How long ago, in one unit: `12s`, `5m`, `3h`, `9d`.
@@ -80,6 +89,16 @@ pub fn labels<'a>(labels: impl IntoIterator<Item = (&'a String, &'a String)>) ->
     let mut pairs: Vec<String> = labels.into_iter().map(|(k, v)| format!("{k}={v}")).collect();
     pairs.sort();
     pairs.join(",")
+}
+
+/// Why a task ended: the reason, unless the state says it already, and the message.
+pub fn why(ended: i32, error: &pb::TaskError) -> String {
+    if error.reason != state(ended) {
+        return format!("{}: {}", error.reason, error.message);
+    }
+    // The message of a cancel begins with the state, too.
+    let prefix = format!("{}: ", state(ended).to_lowercase());
+    error.message.strip_prefix(&prefix).unwrap_or(&error.message).to_owned()
 }
 
 /// One event of a timeline in one line, without its time.
@@ -118,8 +137,7 @@ pub fn event(event: &pb::TaskEvent) -> String {
             format!("gap: {} to {} are lost: {}", gap.first_sequence, event.sequence, gap.reason)
         }
         Body::Ended(ended) => match &ended.error {
-            Some(error) if error.reason == state(ended.state) => error.message.clone(),
-            Some(error) => format!("{}: {}: {}", state(ended.state), error.reason, error.message),
+            Some(error) => format!("{}: {}", state(ended.state), why(ended.state, error)),
             None => state(ended.state).into(),
         },
     }
@@ -135,6 +153,25 @@ mod tests {
         assert_eq!(age(Some(timestamp(clock.now() - Duration::from_secs(7_300))), &clock), "2h");
         assert_eq!(duration(Duration::from_millis(2_140)), "2.1 s");
         assert_eq!(duration(Duration::from_millis(200_400)), "3m20s");
+        assert_eq!(duration(Duration::from_micros(140)), "<1 ms");
+    }
+
+    #[test]
+    fn one_thing_has_no_plural() {
+        assert_eq!([count(0u32, "task"), count(1u32, "task")], ["0 tasks", "1 task"]);
+    }
+
+    #[test]
+    fn a_cancelled_task_says_so_once() {
+        let error = |reason: &str, message: &str| pb::TaskError {
+            reason: reason.into(),
+            message: message.into(),
+            ..Default::default()
+        };
+        let cancelled = pb::TaskState::Cancelled as i32;
+        assert_eq!(why(cancelled, &error("CANCELLED", "cancelled: too slow")), "too slow");
+        let failed = pb::TaskState::Failed as i32;
+        assert_eq!(why(failed, &error("TASK_FAILED", "boom")), "TASK_FAILED: boom");
     }
 
     #[test]

@@ -3,10 +3,12 @@
 use std::{pin::Pin, time::Duration};
 
 use super::{
-    Context, diagnose,
+    Context,
+    diagnose::{self, Cancel},
     exit::{Exit, Failure, Outcome},
     input::SpecArgs,
     json,
+    output::Format,
     signals::Interrupts,
     stream::{Printer, ended_failure},
 };
@@ -17,7 +19,7 @@ use crate::{
 use clap::{Args, ValueEnum};
 
 /// A task that has not started by then gets an explanation.
-const EXPLAIN_AFTER: Duration = Duration::from_secs(2);
+const EXPLAIN_AFTER: Duration = Duration::from_secs(1);
 /// Between two looks at why it waits.
 const EXPLAIN_EVERY: Duration = Duration::from_secs(5);
 /// A second interrupt within this time cancels a task that the first one left alone.
@@ -73,6 +75,13 @@ enum Until {
     Terminal,
 }
 
+/// What is followed: its model, and what cancels it.
+#[derive(Clone, Copy)]
+struct Watched<'a> {
+    model: &'a str,
+    cancel: Cancel,
+}
+
 /// How following came to a stop.
 enum Stop {
     Ended,
@@ -95,15 +104,22 @@ pub async fn run(context: &Context, args: &RunArgs) -> Outcome {
     if context.output.shows_progress() {
         follow = follow.with_metrics();
     }
-    let stop = drive(context, &client, &mut follow, &mut printer, &mut interrupts, &model)
+    let watched = Watched { model: &model, cancel: Cancel::Leave };
+    let stop = drive(context, &client, &mut follow, &mut printer, &mut interrupts, watched)
         .await
         .inspect_err(|_| printer.clear())?;
+    printer.clear();
     let (why, exit) = match stop {
         Stop::Ended => return printer.finish(),
-        Stop::Interrupted => ("interrupted", Exit::Interrupted),
-        Stop::TimedOut => ("timed out", Exit::TimedOut),
+        Stop::Interrupted => {
+            printer.interrupted();
+            ("interrupted", Exit::Interrupted)
+        }
+        Stop::TimedOut => {
+            printer.fresh_line();
+            ("timed out", Exit::TimedOut)
+        }
     };
-    printer.clear();
     let id = printer.task_id().to_owned();
     if id.is_empty() {
         // The server cancels a task whose caller leaves.
@@ -148,14 +164,15 @@ pub async fn submit(context: &Context, args: &SubmitArgs) -> Outcome {
         }
         output.next("follow", format_args!("baton follow {}", task.task_id));
         output.next("cancel", format_args!("baton task cancel {}", task.task_id));
-        if let Some(warning) = diagnose::waiting(&client, &task.task_id, &model).await {
-            output.warn(warning);
+        let waiting = diagnose::waiting(&client, &task.task_id, &model, Cancel::Command);
+        if let Some(warning) = waiting.await {
+            output.note(output.warning(warning));
         }
         return Ok(Exit::Ok);
     }
     output.note(output.dim(&format!("task {}", task.task_id)));
     if args.wait {
-        return wait_for(context, &client, &[task.task_id], Until::Succeeded).await;
+        return wait_for(context, &client, &[task.task_id], Until::Succeeded, Form::One).await;
     }
     attach(context, &client, &task.task_id, 1, &model).await
 }
@@ -198,7 +215,8 @@ async fn attach(context: &Context, client: &Client, id: &str, from: u64, model: 
     if output.shows_progress() {
         follow = follow.with_metrics();
     }
-    let stop = drive(context, client, &mut follow, &mut printer, &mut interrupts, model)
+    let watched = Watched { model, cancel: Cancel::Command };
+    let stop = drive(context, client, &mut follow, &mut printer, &mut interrupts, watched)
         .await
         .inspect_err(|_| printer.clear())?;
     let next = follow.next_sequence();
@@ -206,12 +224,14 @@ async fn attach(context: &Context, client: &Client, id: &str, from: u64, model: 
     match stop {
         Stop::Ended => printer.finish(),
         Stop::TimedOut => {
+            printer.fresh_line();
             Err(Failure::new(Exit::TimedOut, format!("timed out; task {id} goes on"))
                 .hint(format!("go on watching: baton follow {id} --from {next}"))
                 .hint(format!("cancel it: baton task cancel {id}")))
         }
         Stop::Interrupted => {
-            output.note(format!("\ndetached; task {id} goes on"));
+            printer.interrupted();
+            output.note(format!("detached; task {id} goes on"));
             output.next("reattach", format_args!("baton follow {id} --from {next}"));
             output.next("cancel", format_args!("baton task cancel {id}  (or Ctrl-C again now)"));
             tokio::select! {
@@ -236,7 +256,7 @@ async fn drive(
     follow: &mut Follow,
     printer: &mut Printer<'_>,
     interrupts: &mut Interrupts,
-    model: &str,
+    watched: Watched<'_>,
 ) -> Outcome<Stop> {
     let mut time_out: Pin<Box<dyn Future<Output = ()>>> = match context.timeout {
         Some(timeout) => Box::pin(tokio::time::sleep(timeout)),
@@ -269,10 +289,12 @@ async fn drive(
                 }
             },
             () = &mut look, if waits => {
-                if let Some(warning) = diagnose::waiting(client, printer.task_id(), model).await
+                let Watched { model, cancel } = watched;
+                let id = printer.task_id();
+                if let Some(warning) = diagnose::waiting(client, id, model, cancel).await
                     && warning != warned
                 {
-                    printer.say(&format!("{} {warning}", context.output.paint("warning:")));
+                    printer.say(&context.output.warning(&warning));
                     warned = warning;
                 }
                 look.as_mut().reset(tokio::time::Instant::now() + EXPLAIN_EVERY);
@@ -284,20 +306,41 @@ async fn drive(
 /// `wait`: waits for the end of tasks without their tokens.
 pub async fn wait(context: &Context, args: &WaitArgs) -> Outcome {
     let client = context.client().await?;
-    wait_for(context, &client, &args.tasks, args.until).await
+    wait_for(context, &client, &args.tasks, args.until, Form::List).await
 }
 
-async fn wait_for(context: &Context, client: &Client, ids: &[String], until: Until) -> Outcome {
+/// What a wait prints as one JSON document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// The task.
+    One,
+    /// A list, however many were named.
+    List,
+}
+
+async fn wait_for(
+    context: &Context,
+    client: &Client,
+    ids: &[String],
+    until: Until,
+    form: Form,
+) -> Outcome {
     let mut interrupts = Interrupts::new()?;
     let all = async {
-        let mut worst = None;
+        let (mut worst, mut tasks) = (None, Vec::new());
         for id in ids {
             let task = ended(client, id).await?;
             let state = pb::TaskState::try_from(task.state).unwrap_or_default();
-            print_ended(context, &task, ids.len() > 1)?;
+            if (context.output.format, form) != (Format::Json, Form::List) {
+                print_ended(context, &task, ids.len() > 1)?;
+            }
             if Exit::of_state(state) != Some(Exit::Ok) && worst.is_none() {
                 worst = Some(ended_failure(id, state, task.error.as_ref()));
             }
+            tasks.push(task);
+        }
+        if (context.output.format, form) == (Format::Json, Form::List) {
+            context.output.changed(("Task", "tasks"), &tasks)?;
         }
         match worst.filter(|_| until == Until::Succeeded) {
             Some(failure) => Err(failure),
@@ -316,7 +359,8 @@ async fn wait_for(context: &Context, client: &Client, ids: &[String], until: Unt
         () = time_out => Err(Failure::new(Exit::TimedOut, "timed out; at least one task goes on")
             .hint(format!("wait on: baton wait {ids_text}"))),
         () = interrupts.next() => {
-            context.output.note("\nno longer waiting; the tasks go on");
+            context.output.after_interrupt();
+            context.output.note("no longer waiting; the tasks go on");
             context.output.next("wait on", format_args!("baton wait {ids_text}"));
             Ok(Exit::Interrupted)
         }

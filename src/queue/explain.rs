@@ -38,7 +38,7 @@ impl Core {
                 let summary = format!(
                     "it waits {seconds:.1} s more before it tries again after attempt {attempt}"
                 );
-                let next = "see why the attempt failed: baton task events".to_owned();
+                let next = format!("see why the attempt failed: baton task events {id}");
                 waiting(WaitReason::Backoff, summary, next, evidence)
             } else {
                 let summary = format!("it may start in {seconds:.1} s, as the submit asked");
@@ -72,7 +72,9 @@ impl Core {
                 format!("no connected runner serves `{named}`; connected versions: {versions}")
             };
             evidence.insert("connected_versions", versions);
-            let next = format!("start one: baton runner start --model {named}");
+            let next = format!(
+                "start one: baton runner start --engine openai --upstream http://127.0.0.1:8000/v1 --model {named}"
+            );
             return waiting(WaitReason::NoRunnerForModel, summary, next, evidence);
         }
         let matching: Vec<&Profile> = self.matching(entry).collect();

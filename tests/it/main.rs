@@ -9,6 +9,7 @@
 
 mod agent;
 mod auth;
+mod command_line;
 mod determinism;
 mod failover;
 mod harness;

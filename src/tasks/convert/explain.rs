@@ -1,6 +1,7 @@
 //! Why a task is where it is.
 
 use crate::{
+    clock::Micros,
     error::{Error, Kind, Reason},
     pb::{self, task_explanation::Reason as Why},
     queue::{WaitReason, Waiting},
@@ -49,8 +50,14 @@ pub fn explain(task: &Task, waiting: Option<Waiting>) -> pb::TaskExplanation {
 fn ended(task: &Task, explanation: &mut pb::TaskExplanation) {
     explanation.set_reason(Why::Ended);
     explanation.summary = match &task.error {
-        Some(error) => format!("{}: {}", task.state, error.message),
-        None => task.state.to_string(),
+        Some(error) => error.message.clone(),
+        None => {
+            let end = task.end_time.unwrap_or(task.create_time);
+            let seconds = |from: Micros| end.since(from).as_secs_f64();
+            let (whole, last) =
+                (seconds(task.create_time), seconds(task.start_time.unwrap_or(end)));
+            format!("done {whole:.3} s after its submit; its attempt took {last:.3} s")
+        }
     };
     if let Some(error) = &task.error {
         explanation.evidence.insert("reason".to_owned(), error.reason.clone());
