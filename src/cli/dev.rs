@@ -37,6 +37,8 @@ pub const ECHO: &str = "baton/echo";
 
 /// What the demonstration asks the model to go on with.
 const PROMPT: &str = "Alice was beginning to";
+/// A seed that says something amusing.
+const DEMO_SEED: u64 = 8;
 /// A pace at which one sees the tokens arrive.
 const DEMO_PACE: f64 = 40.0;
 
@@ -266,9 +268,8 @@ fn prefix(args: &DevArgs, app: &App, data_dir: &Path) -> String {
 fn unnamed() -> Option<PathBuf> {
     let exe = std::env::current_exe().and_then(std::fs::canonicalize).ok()?;
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path)
-        .filter_map(|dir| std::fs::canonicalize(dir.join("baton")).ok())
-        .next();
+    let found =
+        std::env::split_paths(&path).find_map(|dir| std::fs::canonicalize(dir.join("baton")).ok());
     (found.as_ref() != Some(&exe)).then_some(exe)
 }
 
@@ -300,8 +301,10 @@ async fn demo(
     let spec = pb::TaskSpec {
         model: NGRAM.into(),
         input: map(json!({ "prompt": PROMPT })),
-        params: map(json!({ "max_tokens": 120, "tokens_per_second": DEMO_PACE })),
-        seed: Some(7),
+        params: map(
+            json!({ "max_tokens": 100, "temperature": 0.9, "tokens_per_second": DEMO_PACE }),
+        ),
+        seed: Some(DEMO_SEED),
         ..Default::default()
     };
     let request = pb::SubmitTaskRequest { spec: Some(spec), request_id: client.request_id() };
@@ -309,8 +312,7 @@ async fn demo(
         client.submit(request).await.map_err(|e| Failure::of_call("submit the task", &e))?;
     let id = response.task.unwrap_or_default().task_id;
     // The prompt is no token, but the tokens go on from it.
-    output.lead(output.dim(PROMPT));
-    let mut printer = Printer::new(output, &id);
+    let mut printer = Printer::new(output, &id).with_lead(output.dim(PROMPT));
     let mut follow = client.follow(&id, 1);
     while let Some(update) = follow
         .next()

@@ -136,9 +136,16 @@ impl Failure {
     pub fn of_call(doing: &str, error: &Status) -> Self {
         let known = status::error_reason(error);
         let reason: Option<Box<str>> = known.as_ref().map(|(reason, _)| reason.as_str().into());
-        let exit = exit_of(error.code());
+        let mut exit = exit_of(error.code());
         let mut message = error.message().to_owned();
-        if known.is_none() && matches!(error.code(), Code::Unavailable | Code::Unknown) {
+        // Every answer of a baton server has a reason: this one is the transport's, or a stranger's.
+        if known.is_none()
+            && matches!(
+                error.code(),
+                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal
+            )
+        {
+            exit = Exit::Unreachable;
             message = format!("lost the connection to the server ({message})");
         }
         let mut failure = Self::new(exit, format!("cannot {doing}: {message}"));
@@ -313,6 +320,15 @@ mod tests {
         assert_eq!(refused(Kind::Unauthenticated, Reason::Unauthenticated), Exit::Auth);
         assert_eq!(refused(Kind::ResourceExhausted, Reason::QueueFull), Exit::Quota);
         assert_eq!(refused(Kind::FailedPrecondition, Reason::StateConflict), Exit::Conflict);
+    }
+
+    #[test]
+    fn an_answer_that_is_no_servers_counts_as_none() {
+        let failure = Failure::of_call("list tasks", &Status::cancelled("operation was canceled"));
+        assert_eq!(failure.exit, Exit::Unreachable);
+        assert!(failure.hints.iter().any(|hint| hint.contains("baton doctor")));
+        let said = Status::from(Error::new(Kind::Internal, Reason::Internal, "no"));
+        assert_eq!(Failure::of_call("list tasks", &said).exit, Exit::Unexpected);
     }
 
     #[test]

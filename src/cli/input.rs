@@ -173,7 +173,8 @@ fn document(source: &str, stdin: &mut Stdin) -> Outcome<pb::SubmitTaskRequest> {
 fn split<'a>(flag: &str, pair: &'a str) -> Outcome<(&'a str, &'a str)> {
     match pair.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key, value)),
-        _ => Err(Failure::usage(format!("{flag} `{pair}` is not of the form key=value"))),
+        _ => Err(Failure::usage(format!("{flag} `{pair}` is not of the form key=value"))
+            .hint(format!("for example: {flag} name=value"))),
     }
 }
 

@@ -101,7 +101,7 @@ pub async fn queue(context: &Context, command: &QueueCommand) -> Outcome {
                 .await
                 .map_err(fail(format!("pause the queue of {model}")))?;
             tasks::changed(output, "Queue", &changed)?;
-            let running = match u64::from(changed.running) {
+            let running = match changed.running {
                 0 => "nothing runs".to_owned(),
                 n => format!("{} still running", text::count(n, "task")),
             };
@@ -388,6 +388,9 @@ pub async fn runner_drain(context: &Context, args: &DrainArgs) -> Outcome {
         })
         .await
         .map_err(|error| runner_failure("drain", &args.runner, &error))?;
+    if !context.output.is_text() {
+        context.output.value(&serde_json::json!({}))?;
+    }
     context.output.note(format!("runner {} takes no more work", args.runner));
     context.output.next("watch it", format_args!("baton runner get {}", args.runner));
     Ok(Exit::Ok)

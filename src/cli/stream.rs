@@ -18,6 +18,7 @@ use crate::pb::{self, task_event::Body};
 pub struct Printer<'a> {
     output: &'a Output,
     progress: Option<ProgressBar>,
+    lead: Option<String>,
     printed: Printed,
     task_id: String,
     attempt: u32,
@@ -87,6 +88,7 @@ impl<'a> Printer<'a> {
         Self {
             output,
             progress,
+            lead: None,
             printed: Printed::default(),
             task_id: task_id.to_owned(),
             attempt: 0,
@@ -94,6 +96,13 @@ impl<'a> Printer<'a> {
             ended: None,
             started: false,
         }
+    }
+
+    /// Begins the line of the first token with this, where both stand on one terminal.
+    #[must_use]
+    pub fn with_lead(mut self, lead: String) -> Self {
+        self.lead = Some(lead);
+        self
     }
 
     /// The task; empty until known.
@@ -225,6 +234,9 @@ impl<'a> Printer<'a> {
         // The progress line would mix with the tokens on a terminal.
         if let Some(bar) = self.progress.take() {
             bar.finish_and_clear();
+        }
+        if let Some(lead) = self.lead.take() {
+            self.output.lead(lead);
         }
         match add {
             Add::Text("") => Ok(()),

@@ -71,7 +71,9 @@ impl Core {
             } else {
                 format!("no connected runner serves `{named}`; connected versions: {versions}")
             };
-            evidence.insert("connected_versions", versions);
+            if !versions.is_empty() {
+                evidence.insert("connected_versions", versions);
+            }
             let next = format!(
                 "start one: baton runner start --engine openai --upstream http://127.0.0.1:8000/v1 --model {named}"
             );

@@ -49,16 +49,13 @@ pub fn explain(task: &Task, waiting: Option<Waiting>) -> pb::TaskExplanation {
 
 fn ended(task: &Task, explanation: &mut pb::TaskExplanation) {
     explanation.set_reason(Why::Ended);
-    explanation.summary = match &task.error {
-        Some(error) => error.message.clone(),
-        None => {
-            let end = task.end_time.unwrap_or(task.create_time);
-            let seconds = |from: Micros| end.since(from).as_secs_f64();
-            let (whole, last) =
-                (seconds(task.create_time), seconds(task.start_time.unwrap_or(end)));
-            format!("done {whole:.3} s after its submit; its attempt took {last:.3} s")
-        }
-    };
+    let end = task.end_time.unwrap_or(task.create_time);
+    let seconds = |from: Micros| end.since(from).as_secs_f64();
+    let (whole, last) = (seconds(task.create_time), seconds(task.start_time.unwrap_or(end)));
+    explanation.summary = task.error.as_ref().map_or_else(
+        || format!("done {whole:.3} s after its submit; its attempt took {last:.3} s"),
+        |error| error.message.clone(),
+    );
     if let Some(error) = &task.error {
         explanation.evidence.insert("reason".to_owned(), error.reason.clone());
         explanation.evidence.extend(error.metadata.clone());
