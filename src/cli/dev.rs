@@ -12,7 +12,7 @@ use serde_json::json;
 use super::{
     Context,
     exit::{Exit, Failure, Outcome},
-    server::{DEV_GRACE, start_failure, stop, until_stopped},
+    server::{DEV_GRACE, local_url, socket_addr, start_failure, stop, until_stopped},
     signals::Interrupts,
     stream::Printer,
 };
@@ -55,7 +55,7 @@ pub struct DevArgs {
     #[arg(long, value_name = "DIR", default_value = ".baton")]
     data_dir: PathBuf,
     /// Where to listen; port 0 picks a free one
-    #[arg(long, value_name = "ADDR", env = "BATON_SERVER_ADDR", default_value = "127.0.0.1:7070")]
+    #[arg(long, value_name = "ADDR", env = "BATON_SERVER_ADDR", default_value = "127.0.0.1:7070", value_parser = socket_addr)]
     addr: SocketAddr,
     /// Require API keys, as a server does; needed to listen beyond this machine
     #[arg(long)]
@@ -162,19 +162,6 @@ fn admin_key(args: &DevArgs, data_dir: &Path) -> Outcome<Option<String>> {
     Ok(Some(key.trim().to_owned()))
 }
 
-/// The address under which this process reaches its own server.
-fn local_url(app: &App) -> String {
-    let mut addr = app.addr;
-    if addr.ip().is_unspecified() {
-        let local = match addr {
-            SocketAddr::V4(_) => std::net::IpAddr::from([127, 0, 0, 1]),
-            SocketAddr::V6(_) => std::net::IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
-        };
-        addr.set_ip(local);
-    }
-    format!("http://{addr}")
-}
-
 fn start_runners(
     context: &Context,
     args: &DevArgs,
@@ -187,7 +174,7 @@ fn start_runners(
     for (name, settings, model) in
         [("dev-ngram", ngram, NGRAM), ("dev-echo", engine::Settings::Echo, ECHO)]
     {
-        let mut config = agent::Config::new(local_url(app), settings, entropy);
+        let mut config = agent::Config::new(local_url(app.addr), settings, entropy);
         config.api_key = key.map(str::to_owned);
         config.runner_id = name.into();
         config.models = vec![model.into()];
@@ -205,7 +192,7 @@ fn start_runners(
 
 async fn banner(context: &Context, args: &DevArgs, app: &App, data_dir: &Path) {
     let output = &context.output;
-    let url = local_url(app);
+    let url = local_url(app.addr);
     let place = match (args.ephemeral, std::fs::canonicalize(data_dir)) {
         (true, _) => "none; removed at the end (--ephemeral)".to_owned(),
         (false, Ok(path)) => path.display().to_string(),
@@ -252,7 +239,7 @@ async fn banner(context: &Context, args: &DevArgs, app: &App, data_dir: &Path) {
 /// How a command that reaches this server begins.
 fn prefix(args: &DevArgs, app: &App, data_dir: &Path) -> String {
     let mut prefix = String::from("baton");
-    let url = local_url(app);
+    let url = local_url(app.addr);
     if url != super::DEFAULT_ADDRESS {
         let _ = write!(prefix, " --address {url}");
     }
@@ -292,7 +279,7 @@ async fn demo(
         return Ok(());
     }
     let output = &context.output;
-    let client = Client::connect(&local_url(app), key).await?;
+    let client = Client::connect(&local_url(app.addr), key).await?;
     output.note(format!("demo: {NGRAM}, a small language model, continues a prompt\n"));
     let map = |value: serde_json::Value| match value {
         serde_json::Value::Object(map) => Some(struct_from_map(map)),

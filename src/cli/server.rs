@@ -1,6 +1,10 @@
 //! `server`: a server for real, and what its configuration is.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::{Args, Subcommand};
 
@@ -27,7 +31,7 @@ pub struct ConfigArgs {
     #[arg(long, env = "BATON_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where the one port listens; port 0 picks a free one
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = socket_addr)]
     addr: Option<SocketAddr>,
     /// Directory of the database and the files
     #[arg(long, value_name = "DIR")]
@@ -95,8 +99,8 @@ async fn start(context: &Context, args: &ConfigArgs) -> Outcome {
         context.output.next(
             "try it",
             format_args!(
-                "baton --address http://{} --api-key-file {} doctor",
-                app.addr,
+                "baton --address {} --api-key-file {} doctor",
+                local_url(app.addr),
                 path.display()
             ),
         );
@@ -104,6 +108,24 @@ async fn start(context: &Context, args: &ConfigArgs) -> Outcome {
     let mut interrupts = Interrupts::new()?;
     until_stopped(&app, &mut interrupts).await;
     stop(app, telemetry, interrupts).await
+}
+
+/// An address to listen on.
+pub fn socket_addr(text: &str) -> Result<SocketAddr, String> {
+    let numeric = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
+    let parsed = numeric.as_deref().unwrap_or(text).parse();
+    parsed.map_err(|_| "write an IP address and a port, such as 127.0.0.1:7070".into())
+}
+
+/// The address under which this machine reaches a server that listens on `addr`.
+pub fn local_url(mut addr: SocketAddr) -> String {
+    if addr.ip().is_unspecified() {
+        addr.set_ip(match addr {
+            SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    format!("http://{addr}")
 }
 
 /// Waits for a signal, or for the server to ask for its own end.
@@ -149,6 +171,11 @@ pub fn start_failure(error: anyhow::Error, command: &str, addr: Option<SocketAdd
         return failure
             .hint(format!("take any free port: {command} --addr {free}"))
             .hint(format!("is it a baton server? ask it: baton doctor --address http://{addr}"));
+    }
+    if error.to_string().starts_with("cannot listen on") {
+        return Failure { exit: Exit::Usage, ..Failure::from(error) }.hint(format!(
+            "choose an address and a port of your own: {command} --addr 127.0.0.1:7070"
+        ));
     }
     if let Some(inner) = error.downcast_ref::<Error>().filter(|e| e.kind() == Kind::Unavailable) {
         return storage::unusable(error.to_string(), inner);
@@ -219,3 +246,30 @@ pub fn write_secret(path: &std::path::Path, secret: &str) -> Outcome<()> {
 
 /// How long a development server may take to end.
 pub const DEV_GRACE: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_to_listen_on_is_numeric_or_localhost() {
+        assert_eq!(socket_addr("localhost:0"), Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))));
+        assert!(socket_addr("host:1").is_err_and(|error| error.contains("127.0.0.1:7070")));
+    }
+
+    #[test]
+    fn a_server_on_all_addresses_is_reached_on_loopback() {
+        assert_eq!(local_url(SocketAddr::from(([0; 4], 80))), "http://127.0.0.1:80");
+        assert_eq!(local_url(SocketAddr::from(([0u16; 8], 80))), "http://[::1]:80");
+        assert_eq!(local_url(SocketAddr::from(([10, 0, 0, 7], 80))), "http://10.0.0.7:80");
+    }
+
+    #[test]
+    fn an_address_of_another_machine_is_refused_with_one_that_works() {
+        let cause = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
+        let error = anyhow::Error::new(cause).context("cannot listen on 10.9.9.9:7000");
+        let failure = start_failure(error, "baton dev", None);
+        assert_eq!(failure.exit, Exit::Usage);
+        assert_eq!(failure.hints.len(), 1, "{failure:?}");
+    }
+}

@@ -12,9 +12,7 @@ use super::{
     server::{self, ConfigArgs},
 };
 use crate::{
-    app,
-    config::units,
-    db,
+    app, db,
     error::{Error, Kind},
 };
 
@@ -82,7 +80,8 @@ pub async fn run(context: &Context, command: &DbCommand) -> Outcome {
                 }
             })?;
             if output.is_text() {
-                output.note(format!("wrote {} ({})", to.display(), units::format_bytes(bytes)));
+                let size = format!("{} KiB", bytes.div_ceil(1024));
+                output.note(format!("wrote {} ({size})", to.display()));
             } else {
                 output.value(&json!({ "path": to.display().to_string(), "size_bytes": bytes }))?;
             }
