@@ -122,6 +122,12 @@ impl<'a> Printer<'a> {
         }
     }
 
+    /// Makes room for an error.
+    pub fn broken_off(&mut self) {
+        self.clear();
+        self.fresh_line();
+    }
+
     fn status(&self, text: String) {
         if let Some(bar) = &self.progress {
             bar.set_message(text);

@@ -107,7 +107,7 @@ pub async fn run(context: &Context, args: &RunArgs) -> Outcome {
     let watched = Watched { model: &model, cancel: Cancel::Leave };
     let stop = drive(context, &client, &mut follow, &mut printer, &mut interrupts, watched)
         .await
-        .inspect_err(|_| printer.clear())?;
+        .inspect_err(|_| printer.broken_off())?;
     printer.clear();
     let (why, exit) = match stop {
         Stop::Ended => return printer.finish(),
@@ -218,7 +218,7 @@ async fn attach(context: &Context, client: &Client, id: &str, from: u64, model: 
     let watched = Watched { model, cancel: Cancel::Command };
     let stop = drive(context, client, &mut follow, &mut printer, &mut interrupts, watched)
         .await
-        .inspect_err(|_| printer.clear())?;
+        .inspect_err(|_| printer.broken_off())?;
     let next = follow.next_sequence();
     printer.clear();
     match stop {
