@@ -65,7 +65,7 @@
 //! [`queue`], [`blob`], [`relay`]. Slices have one noun each, and the same file names mean the same
 //! role in each: `model`, `state`, `store`, `convert`, `service`. Edges know no SQL: [`grpc`],
 //! [`agent`]. Imports point from edges to slices to kernels;
-//! `tests/architecture.rs` holds the code to it.
+//! `tests/architecture.rs` holds the code to it. [`faults`] are defects that tests plant.
 
 pub mod blob;
 pub mod clock;
@@ -73,6 +73,7 @@ pub mod config;
 pub mod db;
 pub mod error;
 pub mod events;
+pub mod faults;
 pub mod id;
 pub mod json;
 pub mod pb;

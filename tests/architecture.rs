@@ -21,7 +21,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("pb", &[]),
     // `google.protobuf.Struct` to text and back, for rows that hold JSON.
     ("json", &["pb"]),
-    ("faults", &[]),
+    // The variable that names the planted one.
+    ("faults", &["config"]),
     ("config", &[]),
     ("supervisor", &[]),
     ("telemetry", &["config", "supervisor"]),
@@ -82,10 +83,9 @@ impl Source {
 
     /// Code without comments and without its test module.
     fn code(&self) -> String {
-        let code = match self.text.find("#[cfg(test)]\nmod ") {
-            Some(at) => &self.text[..at],
-            None => &self.text,
-        };
+        // A test module in a file of its own leaves the code of this one below it.
+        let inline = self.text.find("#[cfg(test)]\nmod tests {");
+        let code = &self.text[..inline.unwrap_or(self.text.len())];
         code.lines()
             .map(|line| if line.trim_start().starts_with("//") { "" } else { line })
             .map(|line| line.split(" // ").next().unwrap_or(line))
@@ -326,4 +326,52 @@ fn a_forbidden_edge_is_found_in_every_spelling() {
         "src/relay/log.rs",
         "//! x\n#[cfg(test)]\nmod tests { use crate::tasks::Task; }\n"
     ));
+}
+
+#[test]
+fn every_fault_breaks_one_place_and_is_listed_with_tests_that_exist() {
+    let sources: Vec<_> =
+        ["src", "tests"].iter().flat_map(|folder| rust_files(&root().join(folder))).collect();
+    let list = fs::read_to_string(root().join(".ci/faults")).expect("the list of faults");
+    let (_, list) = list.split_once("<<'TABLE'\n").expect("the start of the list");
+    let (list, _) = list.split_once("\nTABLE\n").expect("the end of the list");
+    let rows: Vec<Vec<_>> = list.lines().map(|row| row.split(' ').collect()).collect();
+    let mut faults = Vec::new();
+
+    let code = sources.iter().find(|source| source.path == "src/faults.rs").expect("the faults");
+    let mut promise = "";
+    let mut known = BTreeSet::new();
+    for line in code.text.lines().map(str::trim) {
+        if let Some((number, _)) = line.strip_prefix("/// P").and_then(|doc| doc.split_once(':')) {
+            promise = number;
+        }
+        let Some((fault, name)) = line.strip_suffix("\",").and_then(|l| l.split_once(" = \""))
+        else {
+            continue;
+        };
+        known.insert((format!("P{promise}"), name.to_owned()));
+        let call = format!("faults::planted(Fault::{fault})");
+        let n_sites: usize =
+            sources.iter().map(|source| source.code().matches(&call).count()).sum();
+        if n_sites != 1 {
+            faults.push(format!("src/faults.rs: `{name}` is asked for at {n_sites} places"));
+        }
+    }
+    let listed: BTreeSet<_> =
+        rows.iter().map(|row| (row[0].to_owned(), row[1].to_owned())).collect();
+    for (promise, name) in known.symmetric_difference(&listed) {
+        faults.push(format!("`{promise} {name}` is not both in src/faults.rs and .ci/faults"));
+    }
+    for row in rows {
+        let [_, _, kind @ ("lib" | "it"), test] = row[..] else {
+            panic!("not a row of .ci/faults: {row:?}")
+        };
+        let name = format!("fn {}(", test.rsplit("::").next().unwrap_or(test));
+        let folder = if kind == "lib" { "src/" } else { "tests/it/" };
+        let mut places = sources.iter().filter(|source| source.path.starts_with(folder));
+        if !places.any(|source| source.text.contains(&name)) {
+            faults.push(format!(".ci/faults: there is no test {test}"));
+        }
+    }
+    assert_none(&faults);
 }

@@ -20,6 +20,7 @@ use crate::{
     dispatch::{Dispatcher, Sweep},
     error::Error,
     events::Tail,
+    faults::{self, Fault},
     grpc::{
         health::{self, Health},
         layers::{Edge, Parts, Services},
@@ -158,7 +159,7 @@ impl App {
             tokio::select! {
                 biased;
                 // Nothing new is assigned by a server that is on its way out.
-                () = draining.cancelled() => Ok(()),
+                () = draining.cancelled(), if !faults::planted(Fault::AssignWhileDraining) => Ok(()),
                 ended = dispatcher.run() => ended,
             }
         });

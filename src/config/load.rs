@@ -36,6 +36,11 @@ impl Sources {
     }
 }
 
+/// A variable of the process, for what must not wait until a configuration is loaded.
+pub fn variable(name: &str) -> Option<String> {
+    std::env::var_os(name)?.into_string().ok()
+}
+
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {

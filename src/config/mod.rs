@@ -11,7 +11,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-pub use load::{ConfigError, Entry, Loaded, Origin, Sources, load};
+pub use load::{ConfigError, Entry, Loaded, Origin, Sources, load, variable};
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

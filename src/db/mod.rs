@@ -31,7 +31,10 @@ use tokio::sync::{Semaphore, watch};
 pub use admin::{Status, backup, migrate, status};
 pub use bulk::{Bulk, chunks};
 
-use crate::error::{Error, Kind, Reason, Result};
+use crate::{
+    error::{Error, Kind, Reason, Result},
+    faults::{self, Fault},
+};
 
 /// Readers at once: reads are short, and SQLite's are blocking calls on a thread each.
 const READERS: usize = 4;
@@ -85,6 +88,7 @@ impl Write<'_> {
     /// Commits: what was written is on stable storage afterwards.
     pub async fn commit(mut self) -> Result<()> {
         match sqlx::query("COMMIT").execute(self.tx().conn()).await {
+            Err(_) if faults::planted(Fault::AckFailedCommits) => Ok(()),
             Ok(_) => {
                 *self.slot = self.tx.take().map(|tx| tx.0);
                 Ok(())
@@ -136,7 +140,11 @@ impl Db {
     }
 
     async fn connect_as(path: &Path, blocking: bool) -> Result<Self> {
-        let synchronous = if blocking { SqliteSynchronous::Off } else { SqliteSynchronous::Full };
+        let synchronous = if blocking || faults::planted(Fault::UnsyncedCommits) {
+            SqliteSynchronous::Off
+        } else {
+            SqliteSynchronous::Full
+        };
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -285,6 +293,7 @@ impl Db {
     }
 
     fn set_healthy(&self, healthy: bool) {
+        let healthy = healthy || faults::planted(Fault::ReadyWithoutStorage);
         self.0.healthy.send_if_modified(|current| {
             let changed = *current != healthy;
             if changed && healthy {

@@ -32,7 +32,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::layers::Edge;
-use crate::telemetry::ReasonLabel;
+use crate::{
+    faults::{self, Fault},
+    telemetry::ReasonLabel,
+};
 
 /// An HTTP/2 client says this much before anything else, and HTTP/1.1 hardly less.
 const PREFACE: u64 = 24;
@@ -126,7 +129,9 @@ pub async fn serve<L: Listener>(
     let linger = edge.clone();
     edge.supervisor().spawn("stream linger", async move {
         tokio::time::sleep(STREAM_LINGER).await;
-        linger.end_streams();
+        if !faults::planted(Fault::LeaveStreamsOpen) {
+            linger.end_streams();
+        }
     });
     Ok(())
 }

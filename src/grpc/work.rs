@@ -4,7 +4,7 @@
 use std::{
     convert::Infallible,
     future::Future,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     pin::Pin,
     task::{Context, Poll},
 };
@@ -16,7 +16,11 @@ use tonic::body::Body;
 use tracing::Instrument as _;
 
 use super::body::{Permit, deadline_passed, stopping};
-use crate::{error::Error, supervisor::Supervisor};
+use crate::{
+    error::Error,
+    faults::{self, Fault},
+    supervisor::Supervisor,
+};
 
 /// What a generated server answers with.
 pub(super) type Reply = BoxFuture<'static, Result<Response<Body>, Infallible>>;
@@ -70,6 +74,7 @@ impl Future for Work {
         let output = match polled {
             Ok(Poll::Pending) => return Poll::Pending,
             Ok(Poll::Ready(Ok(response))) => Ok(response),
+            Err(panic) if faults::planted(Fault::PanicsEndConnections) => resume_unwind(panic),
             Err(panic) => Err(panic),
         };
         self.future = None;

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     error::{Error, Kind, Reason, Result},
+    faults::{self, Fault},
     id::Namespace,
 };
 
@@ -28,6 +29,7 @@ impl Core {
         let in_namespace = self.namespaces[tenant].waiting + self.namespaces[tenant].held;
         let model_full = in_model >= self.limits.max_per_model;
         let full = model_full || in_namespace >= self.limits.max_per_namespace;
+        let full = full && !faults::planted(Fault::AdmitWithoutLimit);
         let evicted = match self.limits.when_full {
             _ if !full => None,
             FullPolicy::DropOldest => {

@@ -30,6 +30,7 @@ pub use self::model::{
 use crate::{
     clock::{Clock, Micros},
     error::Result,
+    faults::{self, Fault},
     id::{Namespace, TaskId},
 };
 
@@ -239,6 +240,9 @@ impl Queue {
 
     /// Tells whoever holds the lease that the attempt must stop.
     pub fn revoke(&self, revocation: Revocation) {
+        if faults::planted(Fault::CancelUntold) {
+            return;
+        }
         if let Err(error) = self.0.revoke.try_send(revocation) {
             tracing::warn!(%error, "revocation dropped; the runner's heartbeat will find out");
         }

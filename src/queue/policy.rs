@@ -8,7 +8,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use crate::{clock::Micros, id::TaskId};
+use crate::{
+    clock::Micros,
+    faults::{self, Fault},
+    id::TaskId,
+};
 
 /// Order of start within a namespace: lower first; the id breaks ties.
 pub(super) type Rank = (i64, TaskId);
@@ -128,8 +132,9 @@ impl Ring {
         let now = self.now;
         let member = self.member(namespace, weight);
         let start = member.time.max(now);
+        let cost = if faults::planted(Fault::ServeUnfairly) { 0 } else { cost(weight) };
         let listed = !member.heads.is_empty();
-        let before = std::mem::replace(&mut member.time, start + cost(weight));
+        let before = std::mem::replace(&mut member.time, start + cost);
         let after = member.time;
         if listed {
             self.order.remove(&(before, namespace));

@@ -16,6 +16,7 @@ use super::{
     segment::{MAX_PREFIX, SegmentData, put_frame},
     wake::Woken,
 };
+use crate::faults::{self, Fault};
 
 /// Fewest sequences reserved ahead.
 const MIN_RESERVE: u64 = 1024;
@@ -184,6 +185,11 @@ impl Log {
                 return Err(Refused::Frozen);
             }
             let next_index = kept.head + 1 - live.base;
+            let first_index = if faults::planted(Fault::TakeGappedEvents) {
+                first_index.min(next_index)
+            } else {
+                first_index
+            };
             if first_index > next_index {
                 return Err(Refused::Missing { expected_index: next_index });
             }
@@ -242,7 +248,7 @@ impl Log {
         let Inner { kept, live, .. } = &mut *inner;
         match live_attempt(live, attempt) {
             Ok(live) => {
-                live.frozen = true;
+                live.frozen = !faults::planted(Fault::LeakIntoEnds);
                 let rest = (kept.head > kept.durable).then(|| self.segment(kept, live));
                 let Live { tokens, in_doubt, .. } = *live;
                 Frozen { head: kept.head, rest, tokens, in_doubt }
@@ -324,6 +330,9 @@ impl Log {
         let mut inner = self.lock();
         let Inner { kept, live, .. } = &mut *inner;
         let live = live_attempt(live, attempt).ok()?;
+        if faults::planted(Fault::AckUnrecordedEvents) {
+            return Some(kept.head.saturating_sub(live.base));
+        }
         Some(kept.durable.saturating_sub(live.base))
     }
 

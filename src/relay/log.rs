@@ -20,7 +20,10 @@ use super::{
     subscriber::{Ready, Subscriber},
     wake::{Ticket, Waiting},
 };
-use crate::id::TaskId;
+use crate::{
+    faults::{self, Fault},
+    id::TaskId,
+};
 
 /// What keeping a frame costs besides its bytes.
 const OVERHEAD: usize = size_of::<Entry>() + 8;
@@ -141,6 +144,9 @@ impl Log {
             wait(&mut inner.waiting);
             return None;
         }
+        if *cursor < kept.before && faults::planted(Fault::SkipForLaggards) {
+            *cursor = kept.before;
+        }
         if *cursor < kept.before {
             return Some(Ready::Behind);
         }
@@ -172,7 +178,7 @@ impl Log {
     /// Drops durable frames from the front down to the bound of one log.
     pub(super) fn trim(&self, kept: &mut Kept) {
         let excess = kept.bytes.saturating_sub(self.books.limits.log_bytes);
-        if excess > 0 {
+        if excess > 0 && !faults::planted(Fault::KeepEveryFrame) {
             self.books.bytes.fetch_sub(kept.drop_durable(excess), Relaxed);
         }
     }

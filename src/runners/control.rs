@@ -120,7 +120,7 @@ impl Registry {
     /// The connection broke; the session waits for another.
     pub(super) fn detach(&self, key: SupplyKey, link: &Link) {
         link.end(None);
-        let mono = self.clock().mono();
+        let mono = self.mono();
         let mut state = self.lock();
         let Ok(session) = present(&mut state, key) else { return };
         if session.check(link).is_err() {

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     clock::Mono,
     error::{Error, Kind, Reason, Result, reason_name},
+    faults::{self, Fault},
     queue::{Revocation, SupplyKey},
     tasks::{
         model::{Task, Usage},
@@ -119,7 +120,7 @@ impl Registry {
         end: &End,
         answer: &Result<Arc<Task>>,
     ) -> Told {
-        let mono = self.clock().mono();
+        let mono = self.mono();
         let mut state = self.lock();
         match answer {
             Err(error) if is_transient(error) => {
@@ -202,7 +203,7 @@ impl Registry {
                 Left::Replaced | Left::Lost(_) => Some(superseded()),
             });
         }
-        let mono = self.clock().mono();
+        let mono = self.mono();
         let acked_seq = session.outbox.acked_seq();
         for task in session.held {
             state.leases.set_holder(task, None, mono);
@@ -233,7 +234,7 @@ impl Registry {
     pub async fn sweep_once(&self) {
         let ends = {
             let mut state = self.lock();
-            let mono = self.clock().mono();
+            let mono = self.mono();
             let mut ends = self.sweep_sessions(&mut state, mono);
             for lease in state.leases.orphans() {
                 if lease.ending.is_none() && lease.orphaned_until.max(lease.retry_at) <= mono {
@@ -288,7 +289,8 @@ impl Registry {
                 gone.push(session.key);
                 continue;
             }
-            let silent = session.heard + limits.lease_ttl <= mono;
+            let silent = session.heard + limits.lease_ttl <= mono
+                && !faults::planted(Fault::KeepSilentLeases);
             if silent && session.is_connected() {
                 let why = "no heartbeat came within the lease's time to live";
                 if let Some(link) = session.attached.link() {

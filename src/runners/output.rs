@@ -175,7 +175,7 @@ impl Registry {
             self.stray(state, key, batch);
             return;
         }
-        let mono = self.clock().mono();
+        let mono = self.mono();
         let max_backlog = 2 * self.limits().max_unacked_bytes;
         let Some(lease) = held(state, key, fence) else {
             // It ended just now, and the runner is told why.

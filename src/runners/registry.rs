@@ -19,6 +19,7 @@ use super::{
 use crate::{
     clock::{Clock, Micros, Mono},
     error::{Error, Result, reason_name},
+    faults::{self, Fault},
     id::{Entropy, Namespace, RunnerId, TaskId},
     queue::{Queue, Revocation, SupplyKey, SupplyState},
     relay::Relay,
@@ -148,7 +149,9 @@ impl Registry {
         let mut state = self.lock();
         for task in running {
             let mut lease = self.lease(&task, now, mono);
-            lease.orphaned_until = mono + self.limits().lease_ttl;
+            if !faults::planted(Fault::EndLeasesAtStart) {
+                lease.orphaned_until = mono + self.limits().lease_ttl;
+            }
             lease.accepted = true;
             state.leases.insert(lease);
         }
@@ -209,7 +212,7 @@ impl Registry {
     /// Tells the runner to stop an attempt that the store has ended.
     pub fn revoke(&self, revocation: Revocation) {
         let fence = Fence { task: revocation.task, attempt: revocation.attempt };
-        let mono = self.clock().mono();
+        let mono = self.mono();
         let mut state = self.lock();
         let Some(lease) = state.release(fence) else {
             state.leases.revoked_early(fence, mono);
@@ -335,7 +338,15 @@ impl Registry {
     }
 
     pub(super) fn times(&self) -> (Micros, Mono) {
-        (self.0.clock.now(), self.0.clock.mono())
+        (self.0.clock.now(), self.mono())
+    }
+
+    /// Now, for leases: whatever becomes of the wall clock, they last as long as they should.
+    pub(super) fn mono(&self) -> Mono {
+        if faults::planted(Fault::LeasesByWallClock) {
+            return Mono(Duration::from_micros(self.0.clock.now().0.unsigned_abs()));
+        }
+        self.0.clock.mono()
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::{ledger::Parts, model::Task, reads};
 use crate::{
     error::Result,
+    faults::{self, Fault},
     pb::{Frame, task_event::Body},
     relay,
 };
@@ -25,8 +26,10 @@ pub async fn waiting(parts: &Parts) -> Result<usize> {
         let Some(last) = page.last() else { return Ok(n_tasks) };
         after = Some(last.entry.id);
         n_tasks += page.len();
-        for (at, task, limit) in page.iter().flat_map(reads::Waiting::limits) {
-            parts.timers.add(at, task, limit);
+        if !faults::planted(Fault::ForgetLimitsAtStart) {
+            for (at, task, limit) in page.iter().flat_map(reads::Waiting::limits) {
+                parts.timers.add(at, task, limit);
+            }
         }
         parts.queue.push_all(page.into_iter().map(|waiting| waiting.entry));
     }

@@ -154,12 +154,15 @@ async fn a_flooding_namespace_does_not_starve_another() {
         .batch_submit_tasks(pb::BatchSubmitTasksRequest { requests })
         .await
         .expect("accepted");
-    let mut wanted = Vec::new();
-    for _ in 0..5 {
-        wanted.push(quiet.submit_to(MODEL).await);
-    }
     let mut runner = Runner::connect(&server.api().with_key(&runs), "r1", &[MODEL], 1).await;
-    for _ in 0..20 {
+    let mut wanted = Vec::new();
+    for round in 0..30 {
+        // The flood has been served for a while when the others come.
+        if round == 10 {
+            for _ in 0..5 {
+                wanted.push(quiet.submit_to(MODEL).await);
+            }
+        }
         let lease = runner.assigned().await;
         wanted.retain(|task| *task != lease.task_id);
         runner.finish(&lease, 1, runner::success()).await;

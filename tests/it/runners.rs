@@ -107,11 +107,39 @@ async fn a_wall_clock_jump_neither_expires_nor_prolongs_a_lease() {
     let hour = Duration::from_hours(1);
     server.clock.set_wall(server.clock.now() + hour);
     server.advance(Duration::from_secs(1)).await;
+    // The end of a lease would be committed before this is.
+    api.submit_to("test/other").await;
     assert_eq!(api.get(&task).await.state(), TaskState::Running, "expired by the wall clock");
     server.clock.set_wall(server.clock.now() - 2 * hour);
     server.advance(Duration::from_millis(2_500)).await;
     let state = api.wait_for(&task, &[TaskState::Queued], SOON).await;
     assert_eq!((state.attempt, state.lost_attempts), (lease.attempt, 1), "prolonged");
+}
+
+/// P19: a restart gives a lease its whole time again, and a runner that returns within it goes on.
+#[tokio::test]
+async fn a_runner_that_returns_in_time_after_a_restart_keeps_its_lease() {
+    let server = Local::manual(SHORT).await;
+    let api = server.api();
+    let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
+    let task = api.submit_to(MODEL).await;
+    let lease = runner.assigned().await;
+    runner.output(&lease, 1, runner::tokens(0, 3), None).await;
+    server.while_time_passes(runner.acked(&lease, 3)).await;
+    let server = server.restarted(SHORT).await;
+    let api = server.api();
+    server.advance(Duration::from_millis(1_800)).await;
+    // The end of a lease would be committed before this is.
+    api.submit_to("test/other").await;
+    assert_eq!(api.get(&task).await.state(), TaskState::Running, "ended by the restart");
+    let mut runner = runner.reconnect(&api).await.expect("a welcome");
+    let verdicts = runner.welcome.reconciliation.clone().unwrap_or_default().verdicts;
+    assert!(verdicts.len() == 1 && verdicts[0].keep, "{verdicts:?}");
+    runner.output(&lease, 4, runner::tokens(3, 2), Some(runner::success())).await;
+    server.while_time_passes(runner.ack("an ack of Finish", &lease, |ack| ack.finished)).await;
+    let end = api.get(&task).await;
+    assert_eq!((end.state(), end.attempt, end.lost_attempts), (TaskState::Succeeded, 1, 0));
+    assert_eq!(checks::text(&api.read_all(&task).await), "t0 t1 t2 t3 t4 ");
 }
 
 /// P4: over many losses, no attempt number comes twice and each grant is higher.

@@ -2,14 +2,18 @@
 
 use std::time::{Duration, Instant};
 
-use baton::pb::{self, TaskState};
+use baton::pb::{self, TaskState, connect_request};
 use rustix::process::Signal;
+use tokio::net::TcpStream;
 use tonic::Code;
 
 use crate::harness::{
-    SOON, checks, default, eventually,
+    SOON, checks, default,
+    disk::Disk,
+    eventually, pass,
     runner::{self, Runner},
-    server::{FAST, Server, http_status},
+    seconds,
+    server::{FAST, Server, metric},
     spec, within,
 };
 
@@ -101,7 +105,7 @@ async fn sigterm_under_load_keeps_every_acknowledged_submit() {
 #[tokio::test]
 async fn a_connection_that_never_speaks_does_not_hold_the_exit() {
     let mut server = Server::start(&[]).await;
-    let silent = tokio::net::TcpStream::connect(server.addr).await.expect("a connection");
+    let silent = TcpStream::connect(server.addr).await.expect("a connection");
     let started = Instant::now();
     server.process().signal(Signal::TERM);
     let status = server.process().exited(Duration::from_secs(32)).await;
@@ -113,7 +117,7 @@ async fn a_connection_that_never_speaks_does_not_hold_the_exit() {
 #[tokio::test]
 async fn a_second_sigterm_ends_it_at_once() {
     let mut server = Server::start(&[]).await;
-    let silent = tokio::net::TcpStream::connect(server.addr).await.expect("a connection");
+    let silent = TcpStream::connect(server.addr).await.expect("a connection");
     server.process().signal(Signal::TERM);
     crate::harness::pass(Duration::from_millis(300)).await;
     if server.process().exit_code().is_none() {
@@ -123,19 +127,41 @@ async fn a_second_sigterm_ends_it_at_once() {
     drop(silent);
 }
 
-/// P22: readiness turns before the port closes, and no work is handed out any more.
+/// P22: what falls due once the drain has begun is not assigned, though a runner has a slot for
+/// it: it waits for the next server.
 #[tokio::test]
 async fn no_work_is_assigned_once_the_drain_has_begun() {
-    let mut server = Server::start(FAST).await;
+    let mut server = Server::stopped(&[]);
+    let disk = Disk::under(&mut server);
+    server.restart().await;
     let api = server.api();
-    let task = api.submit(pb::TaskSpec { labels: default(), ..spec(MODEL) }).await.task_id;
-    server.process().signal(Signal::TERM);
+    // A runner that polls is there also between its calls.
+    let hello = connect_request::Body::Hello(runner::hello("r1", &[MODEL], 1));
+    let hello = pb::ConnectRequest { body: Some(hello), ..default() };
+    let poll = pb::PollRequest { messages: vec![hello], ..default() };
+    api.runners().poll(poll).await.expect("a welcome");
+    let due = Instant::now() + Duration::from_secs(1);
+    let delay = Some(seconds(1.0));
+    let waiting = api.submit(pb::TaskSpec { delay, ..spec(MODEL) }).await.task_id;
+    // A call that waits for the disk holds the drain open.
+    disk.start("hold");
+    let caller = api.clone();
+    let held = tokio::spawn(async move { caller.try_submit(spec("test/other")).await });
     let addr = server.addr;
-    eventually("not ready", SOON, || async move {
-        (http_status(addr, "/readyz").await != Some(200)).then_some(())
+    eventually("the call is at work", SOON, || async move {
+        (metric(addr, "baton_rpc_calls").await? >= 1).then_some(())
     })
     .await;
+    server.process().signal(Signal::TERM);
+    eventually("the port is closed", SOON, || async move {
+        TcpStream::connect(addr).await.is_err().then_some(())
+    })
+    .await;
+    assert!(Instant::now() < due, "too slow to tell");
+    pass(due.duration_since(Instant::now()) + Duration::from_millis(500)).await;
+    disk.stop("hold");
+    within("the held call", SOON, held).await.expect("a call").expect("accepted");
     server.process().exited(Duration::from_secs(32)).await;
     server.restart().await;
-    assert_eq!(server.api().get(&task).await.attempt, 0);
+    assert_eq!(server.api().get(&waiting).await.attempt, 0);
 }

@@ -2,16 +2,19 @@
 
 use std::{collections::HashSet, time::Duration};
 
+use baton::pb::task_event::Body;
+use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::harness::{
     SOON,
     api::Api,
+    checks::{self, History},
     disk::Disk,
     eventually, pass,
     runner::{self, Runner},
-    server::{Server, http_status},
+    server::{FAST, Server, http_status},
     spec, within,
 };
 
@@ -68,6 +71,73 @@ async fn nothing_is_acknowledged_before_its_sync() {
     within("the cancel", SOON, cancel).await.expect("a call").expect("cancelled");
     runner.ack("an ack of Finish", &lease, |ack| ack.finished).await;
     assert!(disk.synced() > before);
+}
+
+/// P9: events are acknowledged to the runner, which may then forget them, only after their sync.
+#[tokio::test]
+async fn events_are_acknowledged_after_their_sync_and_not_before() {
+    let (server, disk) = with_disk().await;
+    let api = server.api();
+    let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
+    api.submit_to(MODEL).await;
+    let lease = runner.assigned().await;
+    runner.output(&lease, 1, runner::tokens(0, 3), None).await;
+    runner.acked(&lease, 3).await;
+    disk.start("hold");
+    runner.output(&lease, 4, runner::tokens(3, 3), None).await;
+    // A hole is answered at once, with everything else that there is to tell.
+    runner.output(&lease, 20, runner::tokens(19, 1), None).await;
+    let missing = runner.ack("EVENTS_MISSING", &lease, |ack| ack.error.is_some()).await;
+    assert_eq!(missing.resend_from, 7);
+    assert!(missing.acked_index <= 3, "acknowledged before their sync: {missing:?}");
+    disk.stop("hold");
+    runner.acked(&lease, 6).await;
+}
+
+/// P7, P8: tokens that a reader saw and that a crash took from both ends stay a gap: their
+/// sequences are never given to anything else.
+#[tokio::test]
+async fn what_was_shown_and_is_lost_stays_a_gap() {
+    let mut server = Server::stopped(FAST);
+    let disk = Disk::under(&mut server);
+    server.restart().await;
+    let api = server.api();
+    let mut first = Runner::connect(&api, "first", &[MODEL], 1).await;
+    let task = api.submit_to(MODEL).await;
+    let lease = first.assigned().await;
+    first.output(&lease, 1, runner::tokens(0, 2), None).await;
+    first.acked(&lease, 2).await;
+    // Nothing more reaches the disk, and readers see it all the same.
+    disk.start("hold");
+    first.output(&lease, 3, runner::tokens(2, 3), None).await;
+    let mut before = Vec::new();
+    let mut stream = api.stream(&task, 1).await.expect("a stream");
+    while before.len() < 7 {
+        let event = within("seven events", SOON, stream.message()).await;
+        before.push(event.expect("a stream").expect("an event"));
+    }
+    server.kill();
+    drop(first);
+    disk.stop("hold");
+    server.restart().await;
+
+    let api = server.api();
+    let mut second = Runner::connect(&api, "second", &[MODEL], 1).await;
+    let lease = second.assigned().await;
+    second.output(&lease, 1, runner::tokens(10, 5), None).await;
+    second.finish(&lease, 6, runner::success()).await;
+    let whole = api.read_all(&task).await;
+    checks::check_stream(&task, 0, &whole);
+    let mut history = History::default();
+    history.add(&task, &before);
+    history.add(&task, &whole);
+    let resumed = api.stream(&task, 8).await.expect("a stream");
+    let resumed = within("the rest", SOON, resumed.collect::<Vec<_>>()).await;
+    let resumed: Vec<_> = resumed.into_iter().map(|event| event.expect("an event")).collect();
+    let lost = &resumed[0];
+    assert!(lost.sequence >= 7 && matches!(lost.body, Some(Body::Gap(_))), "{lost:?}");
+    assert_eq!(resumed, whole[whole.len() - resumed.len()..]);
+    assert_eq!(checks::text(&whole), "t10 t11 t12 t13 t14 ");
 }
 
 /// P16: on a full disk nothing is acknowledged, readiness and health say so within a second,

@@ -9,6 +9,7 @@ use crate::harness::{
     local::Local,
     pass,
     runner::{self, Runner},
+    server::metric,
     within,
 };
 
@@ -95,10 +96,7 @@ async fn a_reader_that_leaves_is_forgotten() {
     let what = "no subscriber is left";
     let address = server.addr;
     crate::harness::eventually(what, SOON, || async move {
-        let url = format!("http://{address}/metrics");
-        let text = reqwest::get(url).await.ok()?.text().await.ok()?;
-        let line = text.lines().find(|line| line.starts_with("baton_relay_subscribers "))?;
-        line.ends_with(" 0").then_some(())
+        (metric(address, "baton_relay_subscribers").await? == 0).then_some(())
     })
     .await;
     server.stop().await;

@@ -14,6 +14,7 @@ use crate::{
     db::Tx,
     error::{Error, Kind, Reason, Result},
     events::store::{self as events, NewEvent},
+    faults::{self, Fault},
     id::{Namespace, TaskId},
     relay::{Log, SegmentData},
     tasks::{
@@ -212,7 +213,7 @@ impl Batch {
         let key = new.request_id.as_ref().map(|id| (new.namespace.clone(), id.clone()));
         if let Some(known) = key.as_ref().and_then(|key| self.known.get(key)) {
             let task = self.rows.get(&known.task).filter(|row| !row.deleted);
-            if known.digest != new.digest {
+            if known.digest != new.digest && !faults::planted(Fault::IgnoreRequestDigests) {
                 return Err(Error::new(
                     Kind::AlreadyExists,
                     Reason::RequestIdReused,
@@ -275,10 +276,10 @@ impl Batch {
                 None => Error::not_found("task", id),
             });
         };
-        if attempt_of(event)
-            .is_some_and(|attempt| was.state != State::Running || was.attempt != attempt)
+        if let Some(attempt) = attempt_of(event)
+            && state::check_lease(&was, attempt).is_err()
         {
-            return Err(lease_lost(id, attempt_of(event).unwrap_or_default()));
+            return Err(lease_lost(id, attempt));
         }
         let (head, frozen) = Self::head(&was, parts);
         let change = match state::apply(&was, event, now, head, parts.entropy.unit()) {
@@ -471,7 +472,8 @@ fn count_usage(was: &Task, task: &mut Task, event: &Event, now: Micros) {
     }
 }
 
-fn attempt_of(event: &Event) -> Option<u32> {
+/// The attempt whose lease an event comes under.
+pub(super) fn attempt_of(event: &Event) -> Option<u32> {
     match event {
         Event::Finish { attempt, .. }
         | Event::Lose { attempt, .. }

@@ -30,6 +30,7 @@ use crate::{
     db::Db,
     error::{Error, Reason, Result},
     events::Tail,
+    faults::{self, Fault},
     id::{Entropy, Namespace, RunnerId, TaskId},
     queue::Queue,
     relay::{Relay, SegmentData},
@@ -280,6 +281,9 @@ impl Writer {
         let done = async {
             batch.load(write.tx(), &self.open, &self.parts).await?;
             batch.apply(&self.parts);
+            if faults::planted(Fault::AckBeforeCommit) {
+                publish::answer(batch);
+            }
             batch.save(write.tx()).await
         };
         match done.await {

@@ -5,7 +5,11 @@ use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::RwLock;
 
-use crate::{id::TaskId, tasks::model::Task};
+use crate::{
+    faults::{self, Fault},
+    id::TaskId,
+    tasks::model::Task,
+};
 
 /// Open tasks whose rows are kept at hand.
 const KEPT: usize = 16_384;
@@ -33,6 +37,9 @@ impl OpenTasks {
 
     /// Forgets a task.
     pub(super) fn remove(&self, id: TaskId) {
+        if faults::planted(Fault::StaleReads) {
+            return;
+        }
         self.0.write().remove(&id);
     }
 

@@ -64,11 +64,7 @@ impl Writer {
         if rang {
             self.parts.tail.ring();
         }
-        let answers = std::mem::take(&mut batch.answers);
-        for (command, answer) in batch.into_commands().into_iter().zip(answers) {
-            // The caller may have left.
-            let _ = command.reply.send(answer);
-        }
+        answer(&mut batch);
     }
 
     /// Shows what was committed to readers. A running attempt takes the runner's events from
@@ -101,6 +97,14 @@ impl Writer {
             let (task, attempt) = (now.id, was.attempt);
             self.parts.queue.revoke(Revocation { task, attempt, reason, detail });
         }
+    }
+}
+
+/// Answers each command of a batch.
+pub(super) fn answer(batch: &mut Batch) {
+    for (command, answer) in batch.commands.drain(..).zip(batch.answers.drain(..)) {
+        // The caller may have left.
+        let _ = command.reply.send(answer);
     }
 }
 

@@ -14,6 +14,7 @@ use crate::{
     db::page,
     error::{Error, Reason, Result},
     events::store as events,
+    faults::{self, Fault},
     grpc::auth::principal,
     id::TaskId,
     keys::Principal,
@@ -64,7 +65,8 @@ impl Service {
     async fn read(&self, caller: &Principal, id: TaskId) -> Result<Arc<Task>> {
         caller.check_task(id)?;
         let at_hand = self.ledger.open_task(id);
-        if let Some(task) = at_hand.filter(|task| task.namespace == caller.namespace) {
+        let all = faults::planted(Fault::SeeOtherNamespaces);
+        if let Some(task) = at_hand.filter(|task| all || task.namespace == caller.namespace) {
             return Ok(task);
         }
         let namespace = caller.namespace.clone();

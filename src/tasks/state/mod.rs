@@ -19,6 +19,7 @@ use crate::tasks::model::{Failure, State, Task, Usage};
 use crate::{
     clock::Micros,
     error::{Reason, reason_name},
+    faults::{self, Fault},
     id::RunnerId,
 };
 
@@ -275,16 +276,15 @@ fn due(task: &Task, limit: Limit, now: Micros) -> bool {
     limit_time(task, limit).is_some_and(|at| now >= at)
 }
 
-fn check_lease(task: &Task, attempt: u32) -> Result<(), Rejected> {
-    if task.state == State::Running && task.attempt == attempt {
-        Ok(())
-    } else {
-        Err(Rejected::LeaseLost)
-    }
+/// Fails unless `attempt` holds the lease.
+pub fn check_lease(task: &Task, attempt: u32) -> Result<(), Rejected> {
+    let holds = task.attempt == attempt || faults::planted(Fault::SkipFencing);
+    if task.state == State::Running && holds { Ok(()) } else { Err(Rejected::LeaseLost) }
 }
 
 fn check_open(task: &Task) -> Result<(), Rejected> {
-    if task.state.is_terminal() { Err(Rejected::Ended) } else { Ok(()) }
+    let ended = task.state.is_terminal() && !faults::planted(Fault::MoveEndedTasks);
+    if ended { Err(Rejected::Ended) } else { Ok(()) }
 }
 
 fn failure(reason: Reason, message: impl Into<String>, retryable: bool) -> Failure {
@@ -309,7 +309,8 @@ impl Next {
         // A clock set back must not make a time go backwards within a task.
         let now = now.max(task.create_time).max(task.start_time.unwrap_or_default());
         let mut next = Self { task: task.clone(), now, head: head.head, entries: Vec::new() };
-        if let Some(last) = head.in_doubt.filter(|last| *last > head.head) {
+        let in_doubt = head.in_doubt.filter(|_| !faults::planted(Fault::ReuseShownSequences));
+        if let Some(last) = in_doubt.filter(|last| *last > head.head) {
             let first = head.head + 1;
             next.head = last;
             next.entries.push((last, Entry::Gap { first }));
@@ -331,7 +332,9 @@ impl Next {
             engine_version: engine_version.to_owned(),
         });
         self.task.state = State::Running;
-        self.task.attempt += 1;
+        if self.task.attempt == 0 || !faults::planted(Fault::RepeatAttemptNumbers) {
+            self.task.attempt += 1;
+        }
         self.task.start_time = Some(self.now);
         self.task.not_before = None;
         self.task.runner = Some(runner.clone());
@@ -346,7 +349,9 @@ impl Next {
             && (retry.retry_on.is_empty() || retry.retry_on.contains(&failure.reason));
         if !allowed {
             self.end(State::Failed, None, Some(failure));
-        } else if self.task.failed >= retry.max_attempts {
+        } else if self.task.failed >= retry.max_attempts
+            && !faults::planted(Fault::RetryWithoutLimit)
+        {
             self.end(State::DeadLettered, None, Some(failure));
         } else {
             let wait = retry.backoff(self.task.failed, unit);
@@ -365,8 +370,11 @@ impl Next {
     }
 
     fn hand_back(&mut self, reason: &str) {
-        self.task.handed_back += 1;
         let error = failure(Reason::HandedBack, reason, true);
+        if faults::planted(Fault::CountHandBacks) {
+            return self.fail(error, 0.0);
+        }
+        self.task.handed_back += 1;
         if self.task.handed_back >= MAX_HANDED_BACK {
             self.end(State::DeadLettered, None, Some(error));
         } else {

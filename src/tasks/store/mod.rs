@@ -11,6 +11,7 @@ use crate::{
     clock::Micros,
     db::{Bulk, Tx, chunks},
     error::{Error, Result},
+    faults::{self, Fault},
     id::{Namespace, TaskId},
     tasks::model::{Spec, Task},
 };
@@ -329,6 +330,9 @@ pub async fn insert_requests(tx: &mut Tx, requests: &[Request]) -> Result<()> {
             task_id = excluded.task_id, digest = excluded.digest,
             create_time = excluded.create_time",
     );
+    if faults::planted(Fault::ForgetRequestIds) {
+        return Ok(());
+    }
     for chunk in chunks(requests) {
         let mut query = sqlx::query(INSERT.text(chunk.len()));
         for request in chunk {

@@ -186,6 +186,12 @@ impl Server {
     }
 }
 
+/// A number without labels in the server's metrics.
+pub async fn metric(addr: SocketAddr, name: &str) -> Option<i64> {
+    let text = reqwest::get(format!("http://{addr}/metrics")).await.ok()?.text().await.ok()?;
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+}
+
 /// Status of a plain HTTP GET; `None` when nobody answers.
 pub async fn http_status(addr: SocketAddr, path: &str) -> Option<u16> {
     let bound = Duration::from_secs(5);
