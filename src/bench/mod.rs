@@ -14,6 +14,7 @@ mod memory;
 mod process;
 mod relay;
 mod report;
+mod restart;
 mod runner;
 mod suite;
 mod tasks;
@@ -76,6 +77,8 @@ enum Role {
     Cancels(relay::Server, usize),
     /// Breaks the connection of a runner that holds that many tasks.
     Reconnect(relay::Server, usize),
+    /// Submits that many tasks that wait.
+    Fill(relay::Server, usize),
     /// Runs whole lives in a bare store.
     Floor(floor::Spec),
     /// Decides.
@@ -132,6 +135,7 @@ fn play() -> anyhow::Result<()> {
         Role::Tasks(spec) => load(tasks::run(spec)),
         Role::Cancels(server, count) => load(tasks::cancels(server, count)),
         Role::Reconnect(server, held) => load(tasks::reconnect(server, held)),
+        Role::Fill(server, tasks) => load(restart::fill(server, tasks)),
         Role::Floor(spec) => load(floor::run(spec)),
         Role::Decisions(spec) => process::print_answer(&decisions::run(spec)),
     }

@@ -87,15 +87,21 @@ impl Process {
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
+impl Process {
+    /// Ends it as a power cut would, and waits until it is gone.
+    pub fn kill(&mut self) {
         drop(self.stdin.take());
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if let (Some(pid), Ok(None)) = (pid, self.child.try_wait()) {
-            // A second signal makes a server leave at once.
             let _ = kill_process(pid, Signal::KILL);
         }
         let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 

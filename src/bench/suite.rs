@@ -1,7 +1,7 @@
 //! Which cases there are, with what they are compared, and in what order they run: yardstick and
 //! Baton in turn, so that a drift of the machine touches both.
 
-use std::{path::PathBuf, process::Command};
+use std::{net::SocketAddr, path::PathBuf, process::Command};
 
 use anyhow::Context as _;
 use serde::de::DeserializeOwned;
@@ -10,10 +10,10 @@ use super::{
     Role, decisions,
     figures::Latency,
     floor, memory,
-    process::Process,
+    process::{Process, now_ns},
     relay::{self, Server},
     report::{Better, Row},
-    tasks, unary, yardstick,
+    restart, tasks, unary, yardstick,
 };
 
 /// How much to measure.
@@ -35,7 +35,7 @@ pub struct Plan {
 type Case = fn(&Plan) -> anyhow::Result<Vec<Row>>;
 
 /// The cases and the names that they go by, in order.
-const CASES: [(&str, Case); 10] = [
+const CASES: [(&str, Case); 11] = [
     ("G1,G3", paced),
     ("G2", stepped),
     ("G4", fastest),
@@ -46,6 +46,7 @@ const CASES: [(&str, Case); 10] = [
     ("G15", control_calls),
     ("G16", decide),
     ("cancel,reconnect", interruptions),
+    ("restart", restarts),
 ];
 
 /// A name out of [`CASES`], for the command line.
@@ -80,7 +81,7 @@ impl Plan {
 
     fn dir(&self) -> anyhow::Result<Scratch> {
         let parent = self.dir.clone().unwrap_or_else(std::env::temp_dir);
-        let name = format!("baton-bench-{}-{}", std::process::id(), super::process::now_ns());
+        let name = format!("baton-bench-{}-{}", std::process::id(), now_ns());
         let path = parent.join(name);
         std::fs::create_dir_all(&path)?;
         Ok(Scratch(path))
@@ -89,6 +90,18 @@ impl Plan {
 
 /// A directory that goes with its case.
 struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Where a server keeps its data.
+    fn data(&self) -> PathBuf {
+        self.0.join("data")
+    }
+
+    /// Where it logs.
+    fn log(&self) -> PathBuf {
+        self.0.join("server.log")
+    }
+}
 
 impl Drop for Scratch {
     fn drop(&mut self) {
@@ -113,35 +126,38 @@ fn bare(relay: yardstick::Relay, threads: usize) -> anyhow::Result<(Process, Ser
 /// A server of Baton that runs on an empty directory, credentials required.
 fn baton(plan: &Plan) -> anyhow::Result<((Process, Scratch), Server)> {
     let dir = plan.dir()?;
-    let data = dir.0.join("data");
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
     let addr = listener.local_addr()?;
     drop(listener);
-    let binary = std::env::current_exe().context("this binary's path is unknown")?;
-    let mut command = Command::new(binary);
-    command
-        .args(["server", "start"])
-        .env("BATON_SERVER_ADDR", addr.to_string())
-        .env("BATON_STORAGE_DATA_DIR", &data)
-        .env("BATON_SERVER_IO_THREADS", plan.io_threads.to_string());
-    let log = std::fs::File::create(dir.0.join("server.log"))?;
-    command.stderr(log);
-    let process = Process::start(&mut command)?;
-    let key = data.join("admin.key");
-    let deadline = super::process::now_ns() + 20_000_000_000;
+    let process = start(plan, &dir, addr)?;
+    let key = dir.data().join("admin.key");
+    let deadline = now_ns() + 20_000_000_000;
     let token = loop {
         let token = std::fs::read_to_string(&key).unwrap_or_default();
         if !token.is_empty() && std::net::TcpStream::connect(addr).is_ok() {
             break token.trim().to_owned();
         }
-        if super::process::now_ns() > deadline {
-            let log = std::fs::read_to_string(dir.0.join("server.log")).unwrap_or_default();
+        if now_ns() > deadline {
+            let log = std::fs::read_to_string(dir.log()).unwrap_or_default();
             anyhow::bail!("the server did not start: {log}");
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
     };
     let server = Server { addr, pid: process.pid(), baton: true, token: Some(token) };
     Ok(((process, dir), server))
+}
+
+/// Starts a server of Baton in a directory.
+fn start(plan: &Plan, dir: &Scratch, addr: SocketAddr) -> anyhow::Result<Process> {
+    let binary = std::env::current_exe().context("this binary's path is unknown")?;
+    let mut command = Command::new(binary);
+    command
+        .args(["server", "start"])
+        .env("BATON_SERVER_ADDR", addr.to_string())
+        .env("BATON_STORAGE_DATA_DIR", dir.data())
+        .env("BATON_SERVER_IO_THREADS", plan.io_threads.to_string());
+    command.stderr(std::fs::File::create(dir.log())?);
+    Process::start(&mut command)
 }
 
 /// Runs the same load on a yardstick and on Baton, in turn.
@@ -442,5 +458,24 @@ fn interruptions(plan: &Plan) -> anyhow::Result<Vec<Row>> {
             each(&reconnects, |o| o.all_ms),
         )
         .noted(format!("{disorder} entries missing, doubled or out of order")),
+    ])
+}
+
+fn restarts(plan: &Plan) -> anyhow::Result<Vec<Row>> {
+    const OPEN: usize = 100_000;
+    let ((mut process, dir), server) = baton(plan)?;
+    let mut again = || -> anyhow::Result<f64> {
+        process.kill();
+        let since = now_ns();
+        process = start(plan, &dir, server.addr)?;
+        restart::ready_after(server.addr, since)
+    };
+    let empty = again()?;
+    play::<usize>(&Role::Fill(server.clone(), OPEN)).context("fill")?;
+    let full = (0..plan.repeat).map(|_| again()).collect::<Result<_, _>>()?;
+    Ok(vec![
+        Row::new("restart", "kill -9 to ready, 100 k tasks open", "ms", full)
+            .judged(Better::Lower, 2_000.0, 500.0)
+            .noted(format!("{empty:.0} ms with none")),
     ])
 }

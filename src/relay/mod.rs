@@ -19,6 +19,8 @@ mod segment;
 mod subscriber;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod thread_tests;
 mod wake;
 
 use std::{

@@ -210,6 +210,15 @@ impl World {
         Reader { inner: self.log.subscribe(after), ended: false }
     }
 
+    /// A reader that comes with a share of the stream behind it.
+    fn subscribe(&mut self, share: u8) {
+        let after = self.head() * u64::from(share) / 255;
+        // A reader cannot have stopped inside of a lost range.
+        let inside = self.gaps.iter().find(|(last, first)| (**first..**last).contains(&after));
+        let after = inside.map_or(after, |(_, first)| first - 1);
+        self.readers.push(self.reader(after));
+    }
+
     fn take(&mut self) {
         match &self.taken {
             None => self.taken = self.log.take_unrecorded(),
@@ -293,13 +302,8 @@ impl World {
             }
             Op::Evict => self.relay.evict(),
             Op::Subscribe { share } => {
-                let after = self.head() * u64::from(share) / 255;
-                // A reader cannot have stopped inside of a lost range.
-                let inside =
-                    self.gaps.iter().find(|(last, first)| (**first..**last).contains(&after));
-                let after = inside.map_or(after, |(_, first)| first - 1);
                 if self.readers.len() < 8 {
-                    self.readers.push(self.reader(after));
+                    self.subscribe(share);
                 }
             }
             Op::Read { reader } => {
@@ -314,6 +318,11 @@ impl World {
         self.readers.push(self.reader(0));
         self.end_attempt(true, true);
         let end = self.durable();
+        // Whoever comes after the seal gets the rest as well, whatever memory has of it.
+        for share in [0, 60, 128, 250, 255] {
+            self.subscribe(share);
+            self.relay.evict();
+        }
         for which in 0..self.readers.len() {
             while self.read(which) {}
             assert!(self.readers[which].ended, "a sealed log ends for every reader");

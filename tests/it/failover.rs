@@ -100,13 +100,14 @@ type Follows = Arc<Mutex<tokio::task::JoinSet<(String, Vec<pb::TaskEvent>)>>>;
 #[tokio::test]
 async fn heavy_twenty_kills_under_load_lose_nothing_and_double_nothing() {
     const KILLS: u32 = 20;
+    const RATE: f64 = 200.0;
     let mut server = Server::start(FAST).await;
     let agents: Vec<_> =
         (0..4).map(|i| server.agent(&format!("agent-{i}"), server.addr, MODEL, 8)).collect();
     let told = Arc::new(Mutex::new(Told::default()));
     let followed = Follows::default();
-    let rate = if cfg!(debug_assertions) { 100.0 } else { 200.0 };
-    let loading = tokio::spawn(load(server.addr, rate, told.clone(), followed.clone()));
+    let loading = tokio::spawn(load(server.addr, RATE, told.clone(), followed.clone()));
+    let started = Instant::now();
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for _ in 0..KILLS {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -117,7 +118,9 @@ async fn heavy_twenty_kills_under_load_lose_nothing_and_double_nothing() {
     told.lock().stop = true;
     within("the load", 6 * SOON, loading).await.expect("a sound load");
     let acknowledged = told.lock().acknowledged.clone();
-    assert!(acknowledged.len() > 500, "only {} submits: no load", acknowledged.len());
+    // Killed time and again, it still takes what is offered on the whole.
+    let rate = acknowledged.len() as f64 / started.elapsed().as_secs_f64();
+    assert!(rate > 0.8 * RATE, "{rate:.0} submits a second: not the load that was meant");
 
     let api = server.api();
     let open =

@@ -74,6 +74,58 @@ async fn heavy_a_reader_that_reads_nothing_delays_nobody_and_misses_nothing() {
     server.stop().await;
 }
 
+/// P15: for a whole minute of real time some read nothing, and their neighbour has every token
+/// within two seconds of its making. The test before this one has the bytes; this has the time.
+#[tokio::test]
+async fn readers_that_read_nothing_for_a_minute_delay_nobody_and_miss_nothing() {
+    const MINUTE: Duration = Duration::from_mins(1);
+    const STEP: u64 = 200;
+    let server = Local::start(&[("BATON_RELAY_PER_TASK", "1MiB")]).await;
+    let api = server.api();
+    let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
+    let task = api.submit_to(MODEL).await;
+    let mut stalled = Vec::new();
+    for _ in 0..5 {
+        stalled.push(server.api().stream(&task, 1).await.expect("a stream"));
+    }
+    let (seen, mut seen_by_neighbour) = tokio::sync::watch::channel(0);
+    let mut stream = server.api().stream(&task, 1).await.expect("a stream");
+    let reading = tokio::spawn(async move {
+        while let Some(event) = stream.message().await.expect("an event") {
+            assert_eq!(event.sequence, *seen.borrow() + 1);
+            seen.send_replace(event.sequence);
+        }
+    });
+    let lease = runner.assigned().await;
+    let started = Instant::now();
+    let mut tick = tokio::time::interval(Duration::from_millis(100));
+    let mut sent = 0;
+    while started.elapsed() < MINUTE {
+        tick.tick().await;
+        runner.output(&lease, sent + 1, runner::tokens(sent, STEP), None).await;
+        sent += STEP;
+        // Queued and started come before the tokens.
+        let wanted = seen_by_neighbour.wait_for(|seen| *seen >= sent + 2);
+        within("the neighbour has it", Duration::from_secs(2), wanted).await.expect("a reader");
+    }
+    let held = metric(server.addr, "baton_relay_bytes").await.expect("a figure");
+    assert!(held < 4 << 20, "{held} bytes are held for readers that read nothing");
+    runner.finish(&lease, sent + 1, runner::success()).await;
+    within("the neighbour's end", SOON, reading).await.expect("a sound reader");
+    for mut late in stalled {
+        let mut seen = 0;
+        within("a stalled reader", 6 * SOON, async {
+            while let Some(event) = late.message().await.expect("an event, or the end") {
+                assert_eq!(event.sequence, seen + 1);
+                seen = event.sequence;
+            }
+        })
+        .await;
+        assert_eq!(seen, sent + 3);
+    }
+    server.stop().await;
+}
+
 fn resident_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages: u64 = statm.split(' ').nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);

@@ -287,4 +287,65 @@ proptest! {
             prop_assert!(waited <= high - low + 2, "starved");
         }
     }
+
+    /// Nobody starves: whatever keeps coming, from whomever, a task starts once those of its own
+    /// namespace that rank before it have had the namespace's share.
+    #[test]
+    fn a_task_waits_no_longer_than_its_rank_and_its_share_explain(
+        weights in prop::collection::vec(1_u32..5, 2..5),
+        before in prop::collection::vec((any::<usize>(), any::<bool>(), -5_i32..=5), 0..60),
+        flood in prop::collection::vec((any::<usize>(), any::<bool>(), -5_i32..=5), 1..40),
+        own in any::<usize>(),
+        priority in -5_i32..=5,
+        per_tick in 1_usize..5,
+        free in 1_u32..6,
+    ) {
+        const STEP: Duration = Duration::from_secs(1);
+        let name = |n: usize| Namespace::from(format!("ns{n}"));
+        let by_name = weights.iter().enumerate().map(|(n, w)| (name(n), *w)).collect();
+        let (queue, clock) = queue(Limits { weights: by_name, ageing_step: STEP, ..Limits::default() });
+        ready(&queue, runner(1, &["*"], 8), 0);
+        let own = own % weights.len();
+        let rank = |create_time: Micros, priority: i32, n: u64| {
+            (create_time.0 - i64::from(priority) * STEP.as_micros() as i64, id(n))
+        };
+        let marked = before.len() as u64 + 1;
+        let marked_rank = rank(clock.now(), priority, marked);
+        let mut n = 0;
+        // Adds a task; 1 when it ranks before the marked one in its namespace.
+        let mut push = |(namespace, other, priority): (usize, bool, i32)| {
+            n += 1;
+            let namespace = namespace % weights.len();
+            let (create_time, model) = (clock.now(), if other { "b/m" } else { "a/m" });
+            queue.push(Entry {
+                namespace: name(namespace),
+                model: model.into(),
+                priority,
+                create_time,
+                ..entry(n)
+            });
+            u32::from(namespace == own && rank(create_time, priority, n) < marked_rank)
+        };
+        let mut n_ahead: u32 = before.into_iter().map(&mut push).sum();
+        push((own, false, priority));
+        let mut flood = flood.into_iter().cycle();
+        let mut n_served = 0;
+        loop {
+            queue.runner_credits(SupplyKey(1), free, SupplyState::Ready);
+            let started = take(&queue, &clock);
+            n_served += started.len();
+            for _ in &started {
+                queue.assigned(SupplyKey(1), 0, SupplyState::Ready);
+            }
+            if started.contains(&marked) {
+                break;
+            }
+            // Its share of all services, and a turn of each namespace to begin and to end with.
+            let share = f64::from(weights.iter().sum::<u32>()) / f64::from(weights[own]);
+            let explained = f64::from(n_ahead + 2) * share + 2.0 * weights.len() as f64;
+            prop_assert!(n_served as f64 <= explained, "{n_served} were served before it");
+            clock.advance(STEP);
+            n_ahead += flood.by_ref().take(per_tick).map(&mut push).sum::<u32>();
+        }
+    }
 }

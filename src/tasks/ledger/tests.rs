@@ -9,7 +9,7 @@ use crate::{
     tasks::{
         model::{Failure, RetryPolicy, State},
         reads,
-        state::{Event, Outcome},
+        state::{Event, Limit, Outcome},
     },
 };
 
@@ -234,4 +234,88 @@ async fn after_a_cancel_nothing_is_taken_but_the_end() {
     let again = bench.ledger.apply(id, cancel).await.unwrap_err();
     assert_eq!(again.reason(), Reason::StateConflict);
     assert_eq!(bench.get(id).await, *ended);
+}
+
+/// What one task's racers were told: each event with its answer, and how many tokens were taken.
+async fn race(bench: Arc<Bench>, task: Arc<Task>, first: usize) -> (Vec<(Event, bool)>, u64) {
+    let attempt = task.attempt;
+    let mut events = vec![
+        Event::Finish { attempt, outcome: Outcome::Success(None), usage: Default::default() },
+        Event::Lose { attempt, reason: "gone".into() },
+        Event::TimeOut { attempt },
+        Event::Cancel { reason: String::new(), by: "me".into() },
+        Event::Expire(Limit::Deadline),
+    ];
+    events.rotate_left(first);
+    let ends = events.into_iter().map(|event| async {
+        match bench.ledger.apply(task.id, event.clone()).await {
+            Ok(_) => (event, true),
+            Err(error) => {
+                let leased = batch::attempt_of(&event).is_some();
+                let wanted = if leased { Reason::LeaseLost } else { Reason::StateConflict };
+                assert_eq!(error.reason(), wanted, "{event:?}: {error}");
+                (event, false)
+            }
+        }
+    });
+    let log = bench.parts.relay.find(task.id).unwrap();
+    let tokens = async {
+        for _ in 0..first {
+            tokio::task::yield_now().await;
+        }
+        let taken = log.append(attempt, 1, 3, |_, _, _, _| Encoded::Token);
+        taken.map_or(0, |appended| appended.accepted as u64)
+    };
+    futures_util::future::join(futures_util::future::join_all(ends), tokens).await
+}
+
+/// P5, P6, P10: completion, loss, timeout, cancel and deadline at the same instant, beside tokens:
+/// one of them ends the task, and what the stream has is what was taken before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_tasks_whose_ends_race_have_one_end_each() {
+    const RACES: usize = 10_000;
+    const AT_ONCE: usize = 250;
+    let bench = Arc::new(Bench::new().await);
+    let mut won = [0_usize; 5];
+    for _ in 0..RACES / AT_ONCE {
+        let deadline = Some(bench.parts.clock.now() + Duration::from_secs(1));
+        let new = NewTask { spec: Spec { deadline, ..new_task().spec }, ..new_task() };
+        let tasks = bench.ledger.submit(vec![new; AT_ONCE]).await;
+        let mut racers = tokio::task::JoinSet::new();
+        let ids: Vec<_> = tasks.into_iter().map(|task| task.unwrap().task.id).collect();
+        let started = futures_util::future::join_all(ids.iter().map(|id| bench.start(*id))).await;
+        bench.parts.clock.advance(Duration::from_secs(1));
+        for (i, task) in started.into_iter().enumerate() {
+            let (bench, task) = (bench.clone(), task.unwrap());
+            racers.spawn(async move { (task.id, race(bench, task, i % 5).await) });
+        }
+        for (id, (answers, n_tokens)) in racers.join_all().await {
+            let applied = |wanted: fn(&Event) -> bool| {
+                answers.iter().filter(|(event, applied)| *applied && wanted(event)).count()
+            };
+            let ends = [
+                applied(|event| matches!(event, Event::Finish { .. })),
+                applied(|event| matches!(event, Event::Cancel { .. })),
+                applied(|event| matches!(event, Event::Expire(_))),
+            ];
+            assert_eq!(ends.iter().sum::<usize>(), 1, "{answers:?}");
+            let requeued =
+                applied(|event| matches!(event, Event::Lose { .. } | Event::TimeOut { .. }));
+            assert!(ends[0] + requeued <= 1, "one lease ended twice: {answers:?}");
+            let task = bench.get(id).await;
+            let state = [State::Succeeded, State::Cancelled, State::Expired];
+            assert_eq!(task.state, state[ends.iter().position(|n| *n == 1).unwrap()]);
+            let timeline = bench.timeline(id).await;
+            let kinds: Vec<_> = timeline.iter().map(|(_, kind)| *kind).collect();
+            let requeues = &["queued"][..requeued];
+            assert_eq!(kinds, [&["queued", "attempt_started"][..], requeues, &["ended"]].concat());
+            assert_eq!(task.last_sequence, kinds.len() as u64 + n_tokens, "{answers:?}");
+            for (count, more) in
+                won.iter_mut().zip(ends.into_iter().chain([requeued, n_tokens as usize]))
+            {
+                *count += more;
+            }
+        }
+    }
+    assert!(won.iter().all(|n| *n > RACES / 100), "no race: {won:?}");
 }
