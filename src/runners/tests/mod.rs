@@ -2,4 +2,5 @@
 
 mod leases;
 mod output;
+mod races;
 pub(crate) mod world;
