@@ -237,14 +237,19 @@ async fn after_a_cancel_nothing_is_taken_but_the_end() {
 }
 
 /// What one task's racers were told: each event with its answer, and how many tokens were taken.
-async fn race(bench: Arc<Bench>, task: Arc<Task>, first: usize) -> (Vec<(Event, bool)>, u64) {
+async fn race(
+    bench: Arc<Bench>,
+    task: Arc<Task>,
+    first: usize,
+    other: Event,
+) -> (Vec<(Event, bool)>, u64) {
     let attempt = task.attempt;
     let mut events = vec![
         Event::Finish { attempt, outcome: Outcome::Success(None), usage: Default::default() },
         Event::Lose { attempt, reason: "gone".into() },
+        other,
         Event::TimeOut { attempt },
         Event::Cancel { reason: String::new(), by: "me".into() },
-        Event::Expire(Limit::Deadline),
     ];
     events.rotate_left(first);
     let ends = events.into_iter().map(|event| async {
@@ -269,25 +274,36 @@ async fn race(bench: Arc<Bench>, task: Arc<Task>, first: usize) -> (Vec<(Event, 
     futures_util::future::join(futures_util::future::join_all(ends), tokens).await
 }
 
-/// P5, P6, P10: completion, loss, timeout, cancel and deadline at the same instant, beside tokens:
-/// one of them ends the task, and what the stream has is what was taken before.
+/// P5, P6, P10: completion, loss, timeout, cancel, and the deadline or a second attempt, at the
+/// same instant and beside tokens: one of them ends the task, none but the first the lease, and
+/// what the stream has is what was taken before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_tasks_whose_ends_race_have_one_end_each() {
     const RACES: usize = 10_000;
     const AT_ONCE: usize = 250;
     let bench = Arc::new(Bench::new().await);
-    let mut won = [0_usize; 5];
+    let mut won = [0_usize; 6];
     for _ in 0..RACES / AT_ONCE {
-        let deadline = Some(bench.parts.clock.now() + Duration::from_secs(1));
-        let new = NewTask { spec: Spec { deadline, ..new_task().spec }, ..new_task() };
-        let tasks = bench.ledger.submit(vec![new; AT_ONCE]).await;
-        let mut racers = tokio::task::JoinSet::new();
+        let deadline = bench.parts.clock.now() + Duration::from_secs(1);
+        let new = (0..AT_ONCE).map(|i| {
+            let deadline = (i % 2 == 0).then_some(deadline);
+            NewTask { spec: Spec { deadline, ..new_task().spec }, ..new_task() }
+        });
+        let tasks = bench.ledger.submit(new.collect()).await;
         let ids: Vec<_> = tasks.into_iter().map(|task| task.unwrap().task.id).collect();
         let started = futures_util::future::join_all(ids.iter().map(|id| bench.start(*id))).await;
         bench.parts.clock.advance(Duration::from_secs(1));
+        let mut racers = tokio::task::JoinSet::new();
         for (i, task) in started.into_iter().enumerate() {
             let (bench, task) = (bench.clone(), task.unwrap());
-            racers.spawn(async move { (task.id, race(bench, task, i % 5).await) });
+            let again = Event::Start {
+                runner: "other".into(),
+                node: String::new(),
+                engine: String::new(),
+                engine_version: String::new(),
+            };
+            let other = if i % 2 == 0 { Event::Expire(Limit::Deadline) } else { again };
+            racers.spawn(async move { (task.id, race(bench, task, i % 5, other).await) });
         }
         for (id, (answers, n_tokens)) in racers.join_all().await {
             let applied = |wanted: fn(&Event) -> bool| {
@@ -302,19 +318,19 @@ async fn ten_thousand_tasks_whose_ends_race_have_one_end_each() {
             let requeued =
                 applied(|event| matches!(event, Event::Lose { .. } | Event::TimeOut { .. }));
             assert!(ends[0] + requeued <= 1, "one lease ended twice: {answers:?}");
+            let again = applied(|event| matches!(event, Event::Start { .. }));
             let task = bench.get(id).await;
             let state = [State::Succeeded, State::Cancelled, State::Expired];
             assert_eq!(task.state, state[ends.iter().position(|n| *n == 1).unwrap()]);
             let timeline = bench.timeline(id).await;
             let kinds: Vec<_> = timeline.iter().map(|(_, kind)| *kind).collect();
-            let requeues = &["queued"][..requeued];
-            assert_eq!(kinds, [&["queued", "attempt_started"][..], requeues, &["ended"]].concat());
+            let (queued, started) = (["queued"], ["attempt_started"]);
+            let wanted =
+                [&queued[..], &started, &queued[..requeued], &started[..again], &["ended"]];
+            assert_eq!(kinds, wanted.concat());
             assert_eq!(task.last_sequence, kinds.len() as u64 + n_tokens, "{answers:?}");
-            for (count, more) in
-                won.iter_mut().zip(ends.into_iter().chain([requeued, n_tokens as usize]))
-            {
-                *count += more;
-            }
+            let more = ends.into_iter().chain([requeued, again, n_tokens as usize]);
+            won.iter_mut().zip(more).for_each(|(count, more)| *count += more);
         }
     }
     assert!(won.iter().all(|n| *n > RACES / 100), "no race: {won:?}");
