@@ -17,7 +17,7 @@ use crate::{
     clock::Clock,
     config::{self, Config},
     db::{self, Db},
-    dispatch::{Dispatcher, Sweep},
+    dispatch::{self, Dispatcher, Sweep},
     error::Error,
     events::Tail,
     faults::{self, Fault},
@@ -132,6 +132,7 @@ impl App {
         registry.adopt(tasks::recovery::running(&parts).await?);
 
         let loops = &supervisor;
+        let writer = writer.starting(dispatch::starter(&registry, loops.token()));
         loops.spawn_loop("ledger", writer.run());
         loops.spawn_loop("timers", parts.timers.clone().run(ledger.clone(), clock.clone()));
         let recorder = Recorder::new(relay.clone(), ledger.clone(), clock.clone(), metrics.clone());

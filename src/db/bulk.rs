@@ -35,6 +35,11 @@ impl Bulk {
         Self { texts: [const { OnceLock::new() }; SIZES], head, columns, tail }
     }
 
+    /// Places for values in the text for that many rows.
+    pub fn places(&self, rows: usize) -> usize {
+        self.columns * rows.next_power_of_two()
+    }
+
     /// The text for at least `rows` rows, up to 64.
     pub fn text(&'static self, rows: usize) -> &'static str {
         let rows = rows.next_power_of_two();

@@ -9,6 +9,7 @@
 mod admin;
 mod bulk;
 pub mod page;
+mod script;
 
 use std::{
     future::Future,
@@ -30,6 +31,7 @@ use tokio::sync::{Semaphore, watch};
 
 pub use admin::{Status, backup, migrate, status};
 pub use bulk::{Bulk, chunks};
+pub use script::{Script, Values};
 
 use crate::{
     error::{Error, Kind, Reason, Result},
@@ -41,6 +43,9 @@ const READERS: usize = 4;
 
 /// Free space below which nothing new is accepted, so that what runs can still end.
 const HEADROOM: u64 = 32 << 20;
+
+/// Takes the writer's lock at once, so that a read is never upgraded.
+const BEGIN: &str = "BEGIN IMMEDIATE";
 
 /// A database; clones share it.
 #[derive(Clone)]
@@ -74,9 +79,19 @@ pub struct Write<'a> {
     db: &'a Db,
     slot: tokio::sync::MutexGuard<'a, Option<SqliteConnection>>,
     tx: Option<Tx>,
+    begun: bool,
 }
 
 impl Write<'_> {
+    /// Runs a script; it begins the transaction in its first message where that is to be done.
+    pub async fn run(&mut self, mut script: Script) -> Result<()> {
+        if !self.begun && !script.is_empty() {
+            script.put_first(BEGIN);
+            self.begun = true;
+        }
+        script.run(self.tx()).await
+    }
+
     /// The transaction.
     ///
     /// # Panics
@@ -87,6 +102,10 @@ impl Write<'_> {
 
     /// Commits: what was written is on stable storage afterwards.
     pub async fn commit(mut self) -> Result<()> {
+        if !self.begun {
+            *self.slot = self.tx.take().map(|tx| tx.0);
+            return Ok(());
+        }
         match sqlx::query("COMMIT").execute(self.tx().conn()).await {
             Err(_) if faults::planted(Fault::AckFailedCommits) => Ok(()),
             Ok(_) => {
@@ -101,6 +120,10 @@ impl Write<'_> {
     pub async fn rollback(mut self, error: Error) -> Error {
         if error.reason() == Reason::StorageUnavailable {
             return self.distrust(error);
+        }
+        if !self.begun {
+            *self.slot = self.tx.take().map(|tx| tx.0);
+            return error;
         }
         match sqlx::query("ROLLBACK").execute(self.tx().conn()).await {
             Ok(_) => {
@@ -179,21 +202,31 @@ impl Db {
     /// Begins a transaction. One writer runs at a time. Dropped without
     /// [`commit`](Write::commit), everything it did is undone.
     pub async fn begin(&self) -> Result<Write<'_>> {
+        let mut write = self.prepare().await?;
+        match sqlx::query(BEGIN).execute(write.tx().conn()).await {
+            Ok(_) => {
+                write.begun = true;
+                Ok(write)
+            }
+            Err(error) => Err(write.distrust(error)),
+        }
+    }
+
+    /// As [`begin`](Self::begin), but the transaction begins with the first
+    /// [`Write::run`]. What is read before that is what a transaction would read: nobody else
+    /// writes meanwhile.
+    pub async fn prepare(&self) -> Result<Write<'_>> {
         let mut slot = self.0.writer.lock().await;
         let conn = match slot.take() {
             Some(conn) => Ok(conn),
             None => open_connection(&self.0.options).await,
         };
-        let mut write = match conn {
-            Ok(conn) => Write { db: self, slot, tx: Some(Tx(conn)) },
+        match conn {
+            Ok(conn) => Ok(Write { db: self, slot, tx: Some(Tx(conn)), begun: false }),
             Err(error) => {
                 self.set_healthy(false);
-                return Err(error);
+                Err(error)
             }
-        };
-        match sqlx::query("BEGIN IMMEDIATE").execute(write.tx().conn()).await {
-            Ok(_) => Ok(write),
-            Err(error) => Err(write.distrust(error)),
         }
     }
 

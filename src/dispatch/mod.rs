@@ -2,8 +2,9 @@
 //!
 //! The loop takes matches out of the queue, has the ledger start the attempts, and hands them to
 //! the runners' sessions. Starts of one round are committed while the next round is decided:
-//! their entries and credits are out of the queue meanwhile. What a nudge lost, the [`Sweep`]
-//! finds.
+//! their entries and credits are out of the queue meanwhile. A task that finds a free runner
+//! when it is accepted does not come here: the ledger starts it in the same commit, by the
+//! [`starter`]. What a nudge lost, the [`Sweep`] finds.
 
 mod sweep;
 #[cfg(test)]
@@ -12,6 +13,7 @@ mod tests;
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 pub use self::sweep::Sweep;
 use crate::{
@@ -20,7 +22,7 @@ use crate::{
     queue::{Match, Queue},
     runners::Registry,
     supervisor::Supervisor,
-    tasks::ledger::{Ledger, Start},
+    tasks::ledger::{Ledger, Start, Starter},
 };
 
 /// Matches decided at once.
@@ -82,20 +84,16 @@ impl Dispatcher {
     async fn start(&self, matches: Vec<Match>) {
         let mut starts = Vec::with_capacity(matches.len());
         let mut started = Vec::with_capacity(matches.len());
-        for Match { entry, runner } in matches {
-            let Some(supply) = self.registry.supply(runner) else {
+        for matched in matches {
+            let start = start_of(&self.registry, &matched);
+            let Match { entry, runner } = matched;
+            let Some(start) = start else {
                 // It left since the match was made.
                 self.queue.give_back(runner);
                 self.queue.push(entry);
                 continue;
             };
-            starts.push(Start {
-                task: entry.id,
-                runner: supply.runner,
-                node: supply.node,
-                engine: supply.engine,
-                engine_version: supply.engine_version,
-            });
+            starts.push(start);
             started.push((entry, runner));
         }
         if starts.is_empty() {
@@ -127,4 +125,30 @@ impl Dispatcher {
         }
         self.queue.push_all(entries);
     }
+}
+
+/// Starts tasks in the commit that accepts them, until `draining` is cancelled.
+pub fn starter(registry: &Registry, draining: CancellationToken) -> Starter {
+    let (known, sent) = (registry.clone(), registry.clone());
+    Starter {
+        // Nothing new is assigned by a server that is on its way out.
+        start: Box::new(
+            move |matched| {
+                if draining.is_cancelled() { None } else { start_of(&known, matched) }
+            },
+        ),
+        assign: Box::new(move |runner, task| sent.assign(runner, task)),
+    }
+}
+
+/// The start that a match stands for, if its runner is still there.
+fn start_of(registry: &Registry, matched: &Match) -> Option<Start> {
+    let supply = registry.supply(matched.runner)?;
+    Some(Start {
+        task: matched.entry.id,
+        runner: supply.runner,
+        node: supply.node,
+        engine: supply.engine,
+        engine_version: supply.engine_version,
+    })
 }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::{
     clock::Micros,
-    db::{Bulk, Tx, chunks},
+    db::{Bulk, Script, Tx},
     error::Result,
     id::{Namespace, TaskId},
 };
@@ -41,7 +41,7 @@ pub struct Event {
 
 /// Appends entries. A sequence that is there already is left as it is: what the recorder
 /// repeats after an unknown commit is the same entry.
-pub async fn append(tx: &mut Tx, events: &[NewEvent]) -> Result<()> {
+pub fn append(script: &mut Script, events: &[NewEvent]) -> Result<()> {
     static INSERT: Bulk = Bulk::new(
         "INSERT INTO task_events (task_id, namespace, sequence, kind, time, frame)
          SELECT * FROM (VALUES ",
@@ -49,20 +49,15 @@ pub async fn append(tx: &mut Tx, events: &[NewEvent]) -> Result<()> {
         ") WHERE column1 IS NOT NULL
          ON CONFLICT (task_id, sequence) DO NOTHING",
     );
-    for chunk in chunks(events) {
-        let mut query = sqlx::query(INSERT.text(chunk.len()));
-        for event in chunk {
-            query = query
-                .bind(event.task.to_string())
-                .bind(event.namespace.as_str().to_owned())
-                .bind(event.sequence as i64)
-                .bind(event.kind)
-                .bind(event.time)
-                .bind(event.frame.to_vec());
-        }
-        query.execute(tx.conn()).await?;
-    }
-    Ok(())
+    script.add_rows(&INSERT, events, |row, event| {
+        row.bind(event.task.to_string())
+            .bind(event.namespace.as_str().to_owned())
+            .bind(event.sequence as i64)
+            .bind(event.kind)
+            .bind(event.time)
+            .bind(event.frame.to_vec());
+        Ok(())
+    })
 }
 
 /// A task's entries with sequences above `after`, oldest first.

@@ -116,7 +116,11 @@ impl Core {
     }
 
     pub(super) fn estimate(&self, entry: &Entry, now: Micros) -> Estimate {
-        let position = self.position(entry);
+        self.estimate_at(self.position(entry), entry, now)
+    }
+
+    /// As [`estimate`](Self::estimate), for a task at that position; 0 is one that has its slot.
+    pub(super) fn estimate_at(&self, position: u64, entry: &Entry, now: Micros) -> Estimate {
         let mut estimate = Estimate { position, ..Estimate::default() };
         let bucket = self.find_bucket(&entry.namespace, &entry.model);
         if bucket.is_some_and(|bucket| self.buckets[bucket].pause.is_some()) {

@@ -124,6 +124,22 @@ impl Queue {
         self.0.changed.notify_one();
     }
 
+    /// Adds tasks and decides before anybody else can take them: up to `max` matches, which may
+    /// be of tasks that waited already.
+    pub fn place(&self, entries: impl IntoIterator<Item = Entry>, max: usize) -> Vec<Match> {
+        let now = self.0.clock.now();
+        let mut core = self.0.core.lock();
+        for entry in entries {
+            core.push(entry, now);
+        }
+        let matches = core.take_matches(now, max);
+        drop(core);
+        if matches.len() == max {
+            self.0.changed.notify_one();
+        }
+        matches
+    }
+
     /// Removes a task; false when it was not there.
     pub fn remove(&self, id: TaskId) -> bool {
         self.0.core.lock().remove(id).is_some()
@@ -163,6 +179,11 @@ impl Queue {
     /// When a task like this would start, were it added now; or when it starts, if it waits.
     pub fn estimate(&self, entry: &Entry) -> Estimate {
         self.0.core.lock().estimate(entry, self.0.clock.now())
+    }
+
+    /// What is to be expected of a task like this that starts now.
+    pub fn estimate_started(&self, entry: &Entry) -> Estimate {
+        self.0.core.lock().estimate_at(0, entry, self.0.clock.now())
     }
 
     /// Why a task waits; `None` when it does not wait here.

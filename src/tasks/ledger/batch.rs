@@ -6,16 +6,18 @@ use std::{
 };
 
 use super::{
-    Answer, Ask, Command, NewTask, OpenTasks, Parts, Submitted,
+    Answer, Ask, Command, NewTask, OpenTasks, Parts, Start, Submitted,
+    effect::{Effect, attempt_of, cause_of, count_usage},
     refused::{lease_lost, refused},
 };
 use crate::{
     clock::Micros,
-    db::Tx,
+    db::{Script, Tx},
     error::{Error, Kind, Reason, Result},
     events::store::{self as events, NewEvent},
     faults::{self, Fault},
     id::{Namespace, TaskId},
+    queue::Match,
     relay::{Log, SegmentData},
     tasks::{
         convert,
@@ -36,51 +38,13 @@ struct Row {
     deleted: bool,
 }
 
-/// What a command did, to be told after the commit.
-pub(super) enum Effect {
-    /// A task was accepted.
-    Accepted(Arc<Task>),
-    /// An attempt began.
-    Started {
-        /// The task as it was.
-        was: Arc<Task>,
-        /// The task as it is.
-        now: Arc<Task>,
-    },
-    /// An attempt ended and another will follow.
-    Requeued {
-        /// The task as it was.
-        was: Arc<Task>,
-        /// The task as it is.
-        now: Arc<Task>,
-        /// Who caused it.
-        cause: Cause,
-    },
-    /// The task ended.
-    Ended {
-        /// The task as it was.
-        was: Arc<Task>,
-        /// The task as it is.
-        now: Arc<Task>,
-        /// Who caused it.
-        cause: Cause,
-    },
-}
-
-/// Whether the runner must be told that its lease ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Cause {
-    /// It ended the attempt itself.
-    Runner,
-    /// Somebody else did, for this reason.
-    Other(Reason),
-}
-
 /// Commands and what becomes of them. Dropped before it is published, it thaws what it froze.
 pub(super) struct Batch {
     pub(super) commands: Vec<Command>,
     pub(super) answers: Vec<Result<Answer>>,
     pub(super) effects: Vec<Effect>,
+    /// Matches whose tasks start in this commit.
+    pub(super) matches: Vec<Match>,
     /// Frames by task, in order.
     pub(super) frames: HashMap<TaskId, Vec<(u64, bytes::Bytes)>>,
     rows: HashMap<TaskId, Row>,
@@ -99,6 +63,7 @@ impl Batch {
             answers: Vec::with_capacity(commands.len()),
             commands,
             effects: Vec::new(),
+            matches: Vec::new(),
             frames: HashMap::new(),
             rows: HashMap::new(),
             known: HashMap::new(),
@@ -168,8 +133,26 @@ impl Batch {
                 Ask::Record(segments) => wanted.extend(segments.iter().map(|s| s.task)),
             }
         }
+        self.load_rows(tx, open, wanted).await?;
+        self.known = known
+            .into_iter()
+            .map(|request| ((request.namespace.clone(), request.request_id.clone()), request))
+            .collect();
+        Ok(())
+    }
+
+    /// Reads rows that the batch does not have yet; unknown ids stay absent.
+    pub(super) async fn load_rows(
+        &mut self,
+        tx: &mut Tx,
+        open: &OpenTasks,
+        ids: impl IntoIterator<Item = TaskId>,
+    ) -> Result<()> {
         let mut missing = Vec::new();
-        for id in wanted {
+        for id in ids {
+            if self.rows.contains_key(&id) {
+                continue;
+            }
             match open.get(id) {
                 Some(task) => self.put(task),
                 None => missing.push(id),
@@ -178,10 +161,6 @@ impl Batch {
         for task in store::load(tx, &missing).await? {
             self.put(Arc::new(task));
         }
-        self.known = known
-            .into_iter()
-            .map(|request| ((request.namespace.clone(), request.request_id.clone()), request))
-            .collect();
         Ok(())
     }
 
@@ -266,6 +245,31 @@ impl Batch {
         self.rows.insert(task.id, Row { task: task.clone(), stored: None, deleted: false });
         self.effects.push(Effect::Accepted(task.clone()));
         Ok(Answer::Submitted(Submitted { task, new: true }))
+    }
+
+    /// Tasks that the batch accepts.
+    pub(super) fn accepted(&self) -> impl Iterator<Item = &Arc<Task>> {
+        self.effects.iter().filter_map(|effect| match effect {
+            Effect::Accepted(task) => Some(task),
+            _ => None,
+        })
+    }
+
+    /// Starts an attempt beside what the commands ask for.
+    pub(super) fn start(&mut self, start: Start, parts: &Parts, now: Micros) -> Result<()> {
+        let (id, event) = start.into_event();
+        self.event(id, &event, parts, now).map(drop)
+    }
+
+    /// Makes answers to submits show their tasks as they will be committed.
+    pub(super) fn settle(&mut self) {
+        for answer in &mut self.answers {
+            if let Ok(Answer::Submitted(submitted)) = answer
+                && let Some(row) = self.rows.get(&submitted.task.id)
+            {
+                submitted.task = row.task.clone();
+            }
+        }
     }
 
     fn event(&mut self, id: TaskId, event: &Event, parts: &Parts, now: Micros) -> Result<Answer> {
@@ -397,8 +401,8 @@ impl Batch {
         Ok(Answer::Done)
     }
 
-    /// Writes everything.
-    pub(super) async fn save(&mut self, tx: &mut Tx) -> Result<()> {
+    /// What writes everything.
+    pub(super) fn script(&self) -> Result<Script> {
         let mut new = Vec::new();
         let mut moved = Vec::new();
         let mut deleted = Vec::new();
@@ -412,17 +416,18 @@ impl Batch {
         }
         // Ids ascend with creation, and so do the pages of the index.
         new.sort_unstable_by_key(|task| task.id);
-        store::insert(tx, &new).await?;
-        store::update(tx, &moved).await?;
-        store::reserve(tx, &self.reservations).await?;
-        store::link_retries(tx, &self.retries).await?;
-        store::insert_requests(tx, &self.requests).await?;
-        store::insert_segments(tx, &self.segments).await?;
-        events::append(tx, &self.events).await?;
+        let mut script = Script::default();
+        store::insert(&mut script, &new)?;
+        store::update(&mut script, &moved)?;
+        store::reserve(&mut script, &self.reservations)?;
+        store::link_retries(&mut script, &self.retries);
+        store::insert_requests(&mut script, &self.requests)?;
+        store::insert_segments(&mut script, &self.segments)?;
+        events::append(&mut script, &self.events)?;
         for id in deleted {
-            store::delete(tx, id).await?;
+            store::delete(&mut script, id);
         }
-        Ok(())
+        Ok(script)
     }
 }
 
@@ -460,35 +465,5 @@ pub(super) fn new_task(new: &NewTask, id: TaskId, now: Micros) -> Task {
         retry_of: new.retry_of,
         retried_by: None,
         traceparent: new.traceparent.clone(),
-    }
-}
-
-/// Fills in what only the server knows: how long the attempt took.
-fn count_usage(was: &Task, task: &mut Task, event: &Event, now: Micros) {
-    if was.state == State::Running && !matches!(event, Event::Start { .. }) {
-        let mut usage = task.usage.unwrap_or_default();
-        usage.execution = now.since(was.start_time.unwrap_or(now));
-        task.usage = Some(usage);
-    }
-}
-
-/// The attempt whose lease an event comes under.
-pub(super) fn attempt_of(event: &Event) -> Option<u32> {
-    match event {
-        Event::Finish { attempt, .. }
-        | Event::Lose { attempt, .. }
-        | Event::TimeOut { attempt } => Some(*attempt),
-        Event::Start { .. } | Event::Cancel { .. } | Event::Expire(_) | Event::Evict { .. } => None,
-    }
-}
-
-fn cause_of(event: &Event) -> Cause {
-    match event {
-        Event::Finish { .. } | Event::Start { .. } => Cause::Runner,
-        Event::Lose { .. } => Cause::Other(Reason::LeaseLost),
-        Event::TimeOut { .. } => Cause::Other(Reason::ExecutionTimeout),
-        Event::Cancel { .. } => Cause::Other(Reason::Cancelled),
-        Event::Expire(_) => Cause::Other(Reason::DeadlineExceeded),
-        Event::Evict { .. } => Cause::Other(Reason::QueueFullDropLru),
     }
 }

@@ -7,9 +7,11 @@
 //! each of those can lose what it was told, and a sweep makes it good.
 
 mod batch;
+mod effect;
 mod open;
 mod publish;
 mod refused;
+mod starts;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -18,7 +20,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use self::{batch::Batch, open::OpenTasks};
-pub use self::{publish::queue_entry, refused::lease_lost};
+pub use self::{publish::queue_entry, refused::lease_lost, starts::Starter};
 use super::{
     model::{Spec, Task},
     state,
@@ -85,6 +87,13 @@ pub struct Start {
     pub engine_version: String,
 }
 
+impl Start {
+    fn into_event(self) -> (TaskId, state::Event) {
+        let Self { task, runner, node, engine, engine_version } = self;
+        (task, state::Event::Start { runner, node, engine, engine_version })
+    }
+}
+
 /// What a command asks for.
 #[derive(Debug)]
 enum Ask {
@@ -144,13 +153,17 @@ pub struct Writer {
     parts: Parts,
     /// Rows of open tasks, as they are in the database: this loop is their only writer.
     open: OpenTasks,
+    starter: Option<Starter>,
 }
 
 /// Makes a ledger.
 pub fn new(parts: Parts) -> (Ledger, Writer) {
     let (sender, commands) = mpsc::channel(WAITING);
     let open = OpenTasks::default();
-    (Ledger { commands: sender, open: open.clone() }, Writer { commands, parts, open })
+    (
+        Ledger { commands: sender, open: open.clone() },
+        Writer { commands, parts, open, starter: None },
+    )
 }
 
 impl Ledger {
@@ -173,8 +186,8 @@ impl Ledger {
     /// Starts attempts; each has its own outcome. Refused when the task does not wait any more.
     pub async fn start(&self, starts: Vec<Start>) -> Vec<Result<Arc<Task>>> {
         let asks = starts.into_iter().map(|start| {
-            let Start { task, runner, node, engine, engine_version } = start;
-            Ask::Apply(task, state::Event::Start { runner, node, engine, engine_version })
+            let (task, event) = start.into_event();
+            Ask::Apply(task, event)
         });
         self.ask_all(asks, applied).await
     }
@@ -277,18 +290,24 @@ impl Writer {
 
     async fn commit_now(&mut self, batch: &mut Batch) -> Result<()> {
         let began = self.parts.clock.mono();
-        let mut write = self.parts.db.begin().await?;
+        let db = self.parts.db.clone();
+        let mut write = db.prepare().await?;
         let done = async {
             batch.load(write.tx(), &self.open, &self.parts).await?;
             batch.apply(&self.parts);
+            self.start_accepted(batch, write.tx()).await?;
             if faults::planted(Fault::AckBeforeCommit) {
                 publish::answer(batch);
             }
-            batch.save(write.tx()).await
+            write.run(batch.script()?).await
         };
-        match done.await {
-            Ok(()) => write.commit().await?,
-            Err(error) => return Err(write.rollback(error).await),
+        let done = match done.await {
+            Ok(()) => write.commit().await,
+            Err(error) => Err(write.rollback(error).await),
+        };
+        if let Err(error) = done {
+            self.undo_starts(batch);
+            return Err(error);
         }
         let took = self.parts.clock.mono().since(began);
         self.parts.metrics.ledger_batch.observe(batch.len() as f64);

@@ -6,7 +6,8 @@ use bytes::Bytes;
 
 use super::{
     Writer,
-    batch::{Batch, Cause, Effect},
+    batch::Batch,
+    effect::{Cause, Effect},
 };
 use crate::{
     error::Reason,
@@ -23,7 +24,6 @@ impl Writer {
             match effect {
                 Effect::Accepted(task) => {
                     self.parts.timers.watch(&task);
-                    self.parts.queue.push(queue_entry(&task));
                     self.parts.metrics.submits.inc();
                     self.open.keep(task);
                 }
@@ -61,6 +61,7 @@ impl Writer {
                 self.publish_frames(task, &frames);
             }
         }
+        self.assign_started(&mut batch);
         if rang {
             self.parts.tail.ring();
         }

@@ -158,8 +158,11 @@ impl Service {
     }
 
     fn submitted(&self, task: &Task) -> pb::SubmitTaskResponse {
-        let estimate =
-            (task.state == State::Queued).then(|| self.parts.queue.estimate(&queue_entry(task)));
+        let estimate = match task.state {
+            State::Queued => Some(self.parts.queue.estimate(&queue_entry(task))),
+            State::Running => Some(self.parts.queue.estimate_started(&queue_entry(task))),
+            _ => None,
+        };
         let predicted = estimate.as_ref().and_then(|estimate| estimate.predicted_start);
         pb::SubmitTaskResponse {
             task: Some(convert::task(task, View::Basic, Vec::new())),

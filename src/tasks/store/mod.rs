@@ -9,7 +9,7 @@ use sqlx::{FromRow, Row, sqlite::SqliteRow};
 
 use crate::{
     clock::Micros,
-    db::{Bulk, Tx, chunks},
+    db::{Bulk, Script, Tx},
     error::{Error, Result},
     faults::{self, Fault},
     id::{Namespace, TaskId},
@@ -140,61 +140,56 @@ pub async fn load(tx: &mut Tx, ids: &[TaskId]) -> Result<Vec<Task>> {
 }
 
 /// Adds new tasks.
-pub async fn insert(tx: &mut Tx, tasks: &[&Task]) -> Result<()> {
+pub fn insert(script: &mut Script, tasks: &[&Task]) -> Result<()> {
     static INSERT: Bulk = Bulk::new(
         concat!("INSERT INTO tasks (", columns!(), ") SELECT * FROM (VALUES "),
         36,
         ") WHERE column1 IS NOT NULL",
     );
-    for chunk in chunks(tasks) {
-        let mut query = sqlx::query(INSERT.text(chunk.len()));
-        for task in chunk {
-            let spec = &task.spec;
-            query = query
-                .bind(task.id.to_string())
-                .bind(task.namespace.as_str().to_owned())
-                .bind(spec.model.clone())
-                .bind(spec.version.clone())
-                .bind(spec.input.clone())
-                .bind(spec.params.clone())
-                .bind(spec.priority)
-                .bind(to_json(&spec.labels)?)
-                .bind(to_json(&spec.required_labels)?)
-                .bind(spec.deadline)
-                .bind(spec.start_timeout.map(|timeout| timeout.as_micros() as i64))
-                .bind(spec.execution_timeout.as_micros() as i64)
-                .bind(to_json(&spec.retry)?)
-                .bind(spec.seed as i64)
-                .bind(spec.session.clone())
-                .bind(task.request_id.clone())
-                .bind(task.retry_of.map(|id| id.to_string()))
-                .bind(task.retried_by.map(|id| id.to_string()))
-                .bind(task.traceparent.clone())
-                .bind(task.create_time)
-                .bind(task.state.as_str())
-                .bind(task.revision as i64)
-                .bind(task.attempt)
-                .bind(task.failed)
-                .bind(task.lost)
-                .bind(task.handed_back)
-                .bind(task.start_time)
-                .bind(task.end_time)
-                .bind(task.not_before)
-                .bind(task.runner.as_ref().map(|runner| runner.as_str().to_owned()))
-                .bind(task.base_sequence as i64)
-                .bind(task.last_sequence as i64)
-                .bind(task.reserved_sequence as i64)
-                .bind(task.result.clone())
-                .bind(task.error.as_ref().map(to_json).transpose()?)
-                .bind(task.usage.as_ref().map(to_json).transpose()?);
-        }
-        query.execute(tx.conn()).await?;
-    }
-    Ok(())
+    script.add_rows(&INSERT, tasks, |row, task| {
+        let spec = &task.spec;
+        row.bind(task.id.to_string())
+            .bind(task.namespace.as_str().to_owned())
+            .bind(spec.model.clone())
+            .bind(spec.version.clone())
+            .bind(spec.input.clone())
+            .bind(spec.params.clone())
+            .bind(spec.priority)
+            .bind(to_json(&spec.labels)?)
+            .bind(to_json(&spec.required_labels)?)
+            .bind(spec.deadline)
+            .bind(spec.start_timeout.map(|timeout| timeout.as_micros() as i64))
+            .bind(spec.execution_timeout.as_micros() as i64)
+            .bind(to_json(&spec.retry)?)
+            .bind(spec.seed as i64)
+            .bind(spec.session.clone())
+            .bind(task.request_id.clone())
+            .bind(task.retry_of.map(|id| id.to_string()))
+            .bind(task.retried_by.map(|id| id.to_string()))
+            .bind(task.traceparent.clone())
+            .bind(task.create_time)
+            .bind(task.state.as_str())
+            .bind(task.revision as i64)
+            .bind(task.attempt)
+            .bind(task.failed)
+            .bind(task.lost)
+            .bind(task.handed_back)
+            .bind(task.start_time)
+            .bind(task.end_time)
+            .bind(task.not_before)
+            .bind(task.runner.as_ref().map(|runner| runner.as_str().to_owned()))
+            .bind(task.base_sequence as i64)
+            .bind(task.last_sequence as i64)
+            .bind(task.reserved_sequence as i64)
+            .bind(task.result.clone())
+            .bind(task.error.as_ref().map(to_json).transpose()?)
+            .bind(task.usage.as_ref().map(to_json).transpose()?);
+        Ok(())
+    })
 }
 
 /// Writes what moved. Each row must still be at the revision that the move was made from.
-pub async fn update(tx: &mut Tx, tasks: &[(u64, &Task)]) -> Result<()> {
+pub fn update(script: &mut Script, tasks: &[(u64, &Task)]) -> Result<()> {
     static UPDATE: Bulk = Bulk::new(
         "WITH moved (id, was, state, revision, attempt, failed, lost, handed_back, start_time,
                      end_time, not_before, runner_id, base_sequence, last_sequence,
@@ -210,39 +205,31 @@ pub async fn update(tx: &mut Tx, tasks: &[(u64, &Task)]) -> Result<()> {
              result = m.result, error = m.error, usage = m.usage
          FROM moved m WHERE tasks.id = m.id AND tasks.revision = m.was",
     );
-    for chunk in chunks(tasks) {
-        let mut query = sqlx::query(UPDATE.text(chunk.len()));
-        for (was, task) in chunk {
-            query = query
-                .bind(task.id.to_string())
-                .bind(*was as i64)
-                .bind(task.state.as_str())
-                .bind(task.revision as i64)
-                .bind(task.attempt)
-                .bind(task.failed)
-                .bind(task.lost)
-                .bind(task.handed_back)
-                .bind(task.start_time)
-                .bind(task.end_time)
-                .bind(task.not_before)
-                .bind(task.runner.as_ref().map(|runner| runner.as_str().to_owned()))
-                .bind(task.base_sequence as i64)
-                .bind(task.last_sequence as i64)
-                .bind(task.reserved_sequence as i64)
-                .bind(task.result.clone())
-                .bind(task.error.as_ref().map(to_json).transpose()?)
-                .bind(task.usage.as_ref().map(to_json).transpose()?);
-        }
-        let done = query.execute(tx.conn()).await?;
-        if done.rows_affected() != chunk.len() as u64 {
-            return Err(Error::internal("a task changed behind the ledger"));
-        }
-    }
-    Ok(())
+    script.add_rows_exactly(&UPDATE, tasks, |row, (was, task)| {
+        row.bind(task.id.to_string())
+            .bind(*was as i64)
+            .bind(task.state.as_str())
+            .bind(task.revision as i64)
+            .bind(task.attempt)
+            .bind(task.failed)
+            .bind(task.lost)
+            .bind(task.handed_back)
+            .bind(task.start_time)
+            .bind(task.end_time)
+            .bind(task.not_before)
+            .bind(task.runner.as_ref().map(|runner| runner.as_str().to_owned()))
+            .bind(task.base_sequence as i64)
+            .bind(task.last_sequence as i64)
+            .bind(task.reserved_sequence as i64)
+            .bind(task.result.clone())
+            .bind(task.error.as_ref().map(to_json).transpose()?)
+            .bind(task.usage.as_ref().map(to_json).transpose()?);
+        Ok(())
+    })
 }
 
 /// Raises the reservations of running attempts, as (task, attempt, highest sequence).
-pub async fn reserve(tx: &mut Tx, reservations: &[(TaskId, u32, u64)]) -> Result<()> {
+pub fn reserve(script: &mut Script, reservations: &[(TaskId, u32, u64)]) -> Result<()> {
     static RESERVE: Bulk = Bulk::new(
         "WITH wanted (id, attempt, reserved) AS (VALUES ",
         3,
@@ -250,26 +237,20 @@ pub async fn reserve(tx: &mut Tx, reservations: &[(TaskId, u32, u64)]) -> Result
          UPDATE tasks SET reserved_sequence = max(tasks.reserved_sequence, w.reserved)
          FROM wanted w WHERE tasks.id = w.id AND tasks.attempt = w.attempt",
     );
-    for chunk in chunks(reservations) {
-        let mut query = sqlx::query(RESERVE.text(chunk.len()));
-        for (task, attempt, reserved) in chunk {
-            query = query.bind(task.to_string()).bind(attempt).bind(*reserved as i64);
-        }
-        query.execute(tx.conn()).await?;
-    }
-    Ok(())
+    script.add_rows(&RESERVE, reservations, |row, (task, attempt, reserved)| {
+        row.bind(task.to_string()).bind(*attempt).bind(*reserved as i64);
+        Ok(())
+    })
 }
 
 /// Links ended tasks to the tasks that retry them, as (ended, new).
-pub async fn link_retries(tx: &mut Tx, links: &[(TaskId, TaskId)]) -> Result<()> {
+pub fn link_retries(script: &mut Script, links: &[(TaskId, TaskId)]) {
     for (ended, new) in links {
-        sqlx::query("UPDATE tasks SET retried_by = $2, revision = revision + 1 WHERE id = $1")
-            .bind(ended.to_string())
+        script
+            .add("UPDATE tasks SET retried_by = ?, revision = revision + 1 WHERE id = ?")
             .bind(new.to_string())
-            .execute(tx.conn())
-            .await?;
+            .bind(ended.to_string());
     }
-    Ok(())
 }
 
 /// A remembered submit.
@@ -320,7 +301,7 @@ pub async fn find_requests(
 }
 
 /// Remembers submits; one that is too old to count is replaced.
-pub async fn insert_requests(tx: &mut Tx, requests: &[Request]) -> Result<()> {
+pub fn insert_requests(script: &mut Script, requests: &[Request]) -> Result<()> {
     static INSERT: Bulk = Bulk::new(
         "INSERT INTO request_ids (namespace, request_id, task_id, digest, create_time)
          SELECT * FROM (VALUES ",
@@ -333,19 +314,14 @@ pub async fn insert_requests(tx: &mut Tx, requests: &[Request]) -> Result<()> {
     if faults::planted(Fault::ForgetRequestIds) {
         return Ok(());
     }
-    for chunk in chunks(requests) {
-        let mut query = sqlx::query(INSERT.text(chunk.len()));
-        for request in chunk {
-            query = query
-                .bind(request.namespace.as_str().to_owned())
-                .bind(request.request_id.clone())
-                .bind(request.task.to_string())
-                .bind(request.digest.to_vec())
-                .bind(request.create_time);
-        }
-        query.execute(tx.conn()).await?;
-    }
-    Ok(())
+    script.add_rows(&INSERT, requests, |row, request| {
+        row.bind(request.namespace.as_str().to_owned())
+            .bind(request.request_id.clone())
+            .bind(request.task.to_string())
+            .bind(request.digest.to_vec())
+            .bind(request.create_time);
+        Ok(())
+    })
 }
 
 /// Forgets submits older than `before`, at most `limit`; returns how many.
@@ -377,7 +353,7 @@ pub struct SegmentRow {
 }
 
 /// Adds segments; one that is there already is left as it is.
-pub async fn insert_segments(tx: &mut Tx, segments: &[SegmentRow]) -> Result<()> {
+pub fn insert_segments(script: &mut Script, segments: &[SegmentRow]) -> Result<()> {
     static INSERT: Bulk = Bulk::new(
         "INSERT INTO segments (task_id, attempt, first_sequence, last_sequence, frames)
          SELECT * FROM (VALUES ",
@@ -387,30 +363,24 @@ pub async fn insert_segments(tx: &mut Tx, segments: &[SegmentRow]) -> Result<()>
             last_sequence = excluded.last_sequence, frames = excluded.frames
             WHERE excluded.last_sequence > segments.last_sequence",
     );
-    for chunk in chunks(segments) {
-        let mut query = sqlx::query(INSERT.text(chunk.len()));
-        for segment in chunk {
-            query = query
-                .bind(segment.task.to_string())
-                .bind(segment.attempt)
-                .bind(segment.first as i64)
-                .bind(segment.last as i64)
-                .bind(segment.frames.to_vec());
-        }
-        query.execute(tx.conn()).await?;
-    }
-    Ok(())
+    script.add_rows(&INSERT, segments, |row, segment| {
+        row.bind(segment.task.to_string())
+            .bind(segment.attempt)
+            .bind(segment.first as i64)
+            .bind(segment.last as i64)
+            .bind(segment.frames.to_vec());
+        Ok(())
+    })
 }
 
 /// Deletes an ended task and what hangs on it.
-pub async fn delete(tx: &mut Tx, id: TaskId) -> Result<()> {
+pub fn delete(script: &mut Script, id: TaskId) {
     for sql in [
-        "DELETE FROM tasks WHERE id = $1",
-        "DELETE FROM task_events WHERE task_id = $1",
-        "DELETE FROM segments WHERE task_id = $1",
-        "DELETE FROM transcripts WHERE task_id = $1",
+        "DELETE FROM tasks WHERE id = ?",
+        "DELETE FROM task_events WHERE task_id = ?",
+        "DELETE FROM segments WHERE task_id = ?",
+        "DELETE FROM transcripts WHERE task_id = ?",
     ] {
-        sqlx::query(sql).bind(id.to_string()).execute(tx.conn()).await?;
+        script.add(sql).bind(id.to_string());
     }
-    Ok(())
 }

@@ -1,0 +1,228 @@
+//! Writes of one transaction, gathered first and sent together.
+//!
+//! Each statement that is awaited is a message to the connection's thread and an answer, two
+//! waits for a processor. A few small statements therefore go as one text; what touches many
+//! rows goes one by one, since the texts of all combinations would not fit the cache of
+//! prepared statements.
+
+use futures_util::TryStreamExt as _;
+use sqlx::{
+    Arguments as _, AssertSqlSafe, Either, Encode, Executor as _, Sqlite, Type,
+    sqlite::SqliteArguments,
+};
+
+use super::{
+    Tx,
+    bulk::{Bulk, chunks},
+};
+use crate::error::{Error, Result};
+
+/// A statement over more rows than this goes by itself.
+const SMALL: usize = 4;
+
+/// Statements to run in order.
+#[derive(Default)]
+pub struct Script {
+    messages: Vec<Message>,
+}
+
+/// Statements that go together, and their values.
+#[derive(Default)]
+struct Message {
+    text: String,
+    values: Values,
+    /// Rows that each statement must change; any number when unset.
+    changes: Vec<Option<u64>>,
+    /// Whether others may join.
+    small: bool,
+}
+
+/// Values of statements, in the order of their places.
+#[derive(Default)]
+pub struct Values {
+    arguments: SqliteArguments,
+    error: Option<Error>,
+}
+
+impl Values {
+    /// Adds the next value.
+    pub fn bind<'v, T: Encode<'v, Sqlite> + Type<Sqlite>>(&mut self, value: T) -> &mut Self {
+        if let Err(error) = self.arguments.add(value) {
+            self.error.get_or_insert_with(|| Error::internal(error));
+        }
+        self
+    }
+}
+
+impl Script {
+    /// Adds a statement whose places are anonymous (`?`) and all get a value.
+    pub fn add(&mut self, text: &str) -> &mut Values {
+        self.push(text, None, true)
+    }
+
+    /// Adds a statement over any number of rows; `bind` gives a row its values.
+    pub fn add_rows<T>(
+        &mut self,
+        bulk: &'static Bulk,
+        rows: &[T],
+        bind: impl FnMut(&mut Values, &T) -> Result<()>,
+    ) -> Result<()> {
+        self.rows(bulk, rows, false, bind)
+    }
+
+    /// As [`add_rows`](Self::add_rows); the script fails when a row was not changed.
+    pub fn add_rows_exactly<T>(
+        &mut self,
+        bulk: &'static Bulk,
+        rows: &[T],
+        bind: impl FnMut(&mut Values, &T) -> Result<()>,
+    ) -> Result<()> {
+        self.rows(bulk, rows, true, bind)
+    }
+
+    fn rows<T>(
+        &mut self,
+        bulk: &'static Bulk,
+        rows: &[T],
+        exactly: bool,
+        mut bind: impl FnMut(&mut Values, &T) -> Result<()>,
+    ) -> Result<()> {
+        for chunk in chunks(rows) {
+            let changes = exactly.then_some(chunk.len() as u64);
+            let values = self.push(bulk.text(chunk.len()), changes, chunk.len() <= SMALL);
+            let end = values.arguments.len() + bulk.places(chunk.len());
+            for row in chunk {
+                bind(values, row)?;
+            }
+            // A value that is missing would be taken from the next statement's.
+            while values.arguments.len() < end {
+                values.bind(None::<i64>);
+            }
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, text: &str, changes: Option<u64>, small: bool) -> &mut Values {
+        if !small || !self.messages.last().is_some_and(|message| message.small) {
+            self.messages.push(Message { small, ..Message::default() });
+        }
+        let at = self.messages.len() - 1;
+        let message = &mut self.messages[at];
+        if !message.text.is_empty() {
+            message.text.push_str(";\n");
+        }
+        message.text.push_str(text);
+        message.changes.push(changes);
+        &mut message.values
+    }
+
+    /// Whether there is nothing to run.
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+    }
+
+    /// Puts a statement without values before all others.
+    pub(super) fn put_first(&mut self, text: &str) {
+        if let Some(first) = self.messages.first_mut() {
+            first.text.insert_str(0, ";\n");
+            first.text.insert_str(0, text);
+            first.changes.insert(0, None);
+        }
+    }
+
+    /// Runs everything, in order, in the transaction of `tx`.
+    pub async fn run(self, tx: &mut Tx) -> Result<()> {
+        for message in self.messages {
+            message.send(tx).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Message {
+    async fn send(self, tx: &mut Tx) -> Result<()> {
+        if let Some(error) = self.values.error {
+            return Err(error);
+        }
+        let query = sqlx::query_with(AssertSqlSafe(self.text), self.values.arguments);
+        let mut changes = self.changes.into_iter();
+        // The driver runs the statements of a text in turn and gives each its own values.
+        let mut answers = tx.conn().fetch_many(query);
+        while let Some(answer) = answers.try_next().await? {
+            let Either::Left(done) = answer else { continue };
+            if changes.next().flatten().is_some_and(|wanted| wanted != done.rows_affected()) {
+                return Err(Error::internal("a row changed behind its only writer"));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::db::Db;
+
+    static INSERT: Bulk = Bulk::new(
+        "INSERT INTO settings (name, value) SELECT * FROM (VALUES ",
+        2,
+        ") WHERE column1 IS NOT NULL",
+    );
+    static UPDATE: Bulk = Bulk::new(
+        "WITH new (name, value) AS (VALUES ",
+        2,
+        ") UPDATE settings SET value = n.value FROM new n WHERE settings.name = n.name",
+    );
+
+    fn rows(n: usize, value: u8) -> Vec<(String, Vec<u8>)> {
+        (0..n).map(|i| (format!("row {i:03}"), vec![value, i as u8])).collect()
+    }
+
+    fn bind(values: &mut Values, (name, value): &(String, Vec<u8>)) -> Result<()> {
+        values.bind(name.clone()).bind(value.clone());
+        Ok(())
+    }
+
+    async fn run(db: &Db, script: Script) -> Result<()> {
+        db.write(|tx| Box::pin(script.run(tx))).await
+    }
+
+    async fn stored(db: &Db) -> Vec<(String, Vec<u8>)> {
+        let read = db.read(|tx| {
+            Box::pin(async move {
+                let sql = "SELECT name, value FROM settings WHERE name LIKE 'row %' ORDER BY name";
+                Ok(sqlx::query_as(sql).fetch_all(tx.conn()).await?)
+            })
+        });
+        read.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn each_statement_gets_its_own_values_however_they_are_sent() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(&dir.path().join("script.db")).await.unwrap();
+        for n in [1, 2, 3, 4, 5, 63, 64, 65, 200] {
+            let mut script = Script::default();
+            script.add("DELETE FROM settings WHERE name LIKE ?").bind("row %");
+            script.add_rows(&INSERT, &rows(n, 1), bind).unwrap();
+            script.add_rows_exactly(&UPDATE, &rows(n, 2)[..n.min(3)], bind).unwrap();
+            script.add("DELETE FROM settings WHERE name = ?").bind("row 000");
+            run(&db, script).await.unwrap();
+            let wanted: Vec<_> = rows(n, 2)[..n.min(3)].iter().cloned().collect();
+            let wanted = [wanted, rows(n, 1)[n.min(3)..].to_vec()].concat();
+            assert_eq!(stored(&db).await, wanted[1..], "{n} rows");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_row_that_must_change_and_is_not_there_undoes_everything() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(&dir.path().join("script.db")).await.unwrap();
+        let mut script = Script::default();
+        script.add_rows(&INSERT, &rows(1, 1), bind).unwrap();
+        script.add_rows_exactly(&UPDATE, &rows(2, 2), bind).unwrap();
+        script.add("DELETE FROM settings WHERE name = ?").bind("none");
+        assert!(run(&db, script).await.is_err());
+        assert_eq!(stored(&db).await, []);
+    }
+}
