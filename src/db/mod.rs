@@ -46,6 +46,7 @@ const HEADROOM: u64 = 32 << 20;
 
 /// Takes the writer's lock at once, so that a read is never upgraded.
 const BEGIN: &str = "BEGIN IMMEDIATE";
+const COMMIT: &str = "COMMIT";
 
 /// A database; clones share it.
 #[derive(Clone)]
@@ -83,15 +84,6 @@ pub struct Write<'a> {
 }
 
 impl Write<'_> {
-    /// Runs a script; it begins the transaction in its first message where that is to be done.
-    pub async fn run(&mut self, mut script: Script) -> Result<()> {
-        if !self.begun && !script.is_empty() {
-            script.put_first(BEGIN);
-            self.begun = true;
-        }
-        script.run(self.tx()).await
-    }
-
     /// The transaction.
     ///
     /// # Panics
@@ -102,17 +94,38 @@ impl Write<'_> {
 
     /// Commits: what was written is on stable storage afterwards.
     pub async fn commit(mut self) -> Result<()> {
-        if !self.begun {
-            *self.slot = self.tx.take().map(|tx| tx.0);
-            return Ok(());
+        if self.begun
+            && let Err(error) = sqlx::query(COMMIT).execute(self.tx().conn()).await
+        {
+            let error = self.distrust(error);
+            return if faults::planted(Fault::AckFailedCommits) { Ok(()) } else { Err(error) };
         }
-        match sqlx::query("COMMIT").execute(self.tx().conn()).await {
-            Err(_) if faults::planted(Fault::AckFailedCommits) => Ok(()),
-            Ok(_) => {
-                *self.slot = self.tx.take().map(|tx| tx.0);
+        self.release();
+        Ok(())
+    }
+
+    /// Runs a script and commits, or undoes everything. Begin, script and commit are one message
+    /// where the script is small and no answer must be looked at before the commit.
+    pub async fn commit_with(mut self, mut script: Script) -> Result<()> {
+        if script.is_empty() {
+            return self.commit().await;
+        }
+        if !self.begun {
+            script.put_first(BEGIN);
+            self.begun = true;
+        }
+        let whole = !script.is_checked();
+        if whole {
+            script.put_last(COMMIT);
+        }
+        match script.run(self.tx()).await {
+            Ok(()) if whole => {
+                self.release();
                 Ok(())
             }
-            Err(error) => Err(self.distrust(error)),
+            Ok(()) => self.commit().await,
+            Err(_) if faults::planted(Fault::AckFailedCommits) => Ok(()),
+            Err(error) => Err(self.rollback(error).await),
         }
     }
 
@@ -121,17 +134,18 @@ impl Write<'_> {
         if error.reason() == Reason::StorageUnavailable {
             return self.distrust(error);
         }
-        if !self.begun {
-            *self.slot = self.tx.take().map(|tx| tx.0);
-            return error;
+        if self.begun
+            && let Err(error) = sqlx::query("ROLLBACK").execute(self.tx().conn()).await
+        {
+            return self.distrust(error);
         }
-        match sqlx::query("ROLLBACK").execute(self.tx().conn()).await {
-            Ok(_) => {
-                *self.slot = self.tx.take().map(|tx| tx.0);
-                error
-            }
-            Err(error) => self.distrust(error),
-        }
+        self.release();
+        error
+    }
+
+    /// Leaves the connection to the next writer.
+    fn release(mut self) {
+        *self.slot = self.tx.take().map(|tx| tx.0);
     }
 
     /// Drops the connection, which undoes what it did; the next writer opens the file anew.
@@ -212,8 +226,8 @@ impl Db {
         }
     }
 
-    /// As [`begin`](Self::begin), but the transaction begins with the first
-    /// [`Write::run`]. What is read before that is what a transaction would read: nobody else
+    /// As [`begin`](Self::begin), but the transaction begins with
+    /// [`Write::commit_with`]. What is read before that is what a transaction would read: nobody else
     /// writes meanwhile.
     pub async fn prepare(&self) -> Result<Write<'_>> {
         let mut slot = self.0.writer.lock().await;

@@ -18,7 +18,7 @@ use super::{
 use crate::error::{Error, Result};
 
 /// A statement over more rows than this goes by itself.
-const SMALL: usize = 4;
+const SMALL: usize = 16;
 
 /// Statements to run in order.
 #[derive(Default)]
@@ -121,7 +121,20 @@ impl Script {
         self.messages.is_empty()
     }
 
-    /// Puts a statement without values before all others.
+    /// Whether a statement must change a certain number of rows.
+    pub(super) fn is_checked(&self) -> bool {
+        self.messages.iter().any(|message| message.changes.iter().any(Option::is_some))
+    }
+
+    /// Puts a statement without values after all others, into the last message.
+    pub(super) fn put_last(&mut self, text: &str) {
+        if let Some(last) = self.messages.last_mut() {
+            last.text.push_str(";\n");
+            last.text.push_str(text);
+        }
+    }
+
+    /// Puts a statement without values before all others, into the first message.
     pub(super) fn put_first(&mut self, text: &str) {
         if let Some(first) = self.messages.first_mut() {
             first.text.insert_str(0, ";\n");

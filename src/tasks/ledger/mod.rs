@@ -292,17 +292,17 @@ impl Writer {
         let began = self.parts.clock.mono();
         let db = self.parts.db.clone();
         let mut write = db.prepare().await?;
-        let done = async {
+        let script = async {
             batch.load(write.tx(), &self.open, &self.parts).await?;
             batch.apply(&self.parts);
             self.start_accepted(batch, write.tx()).await?;
             if faults::planted(Fault::AckBeforeCommit) {
                 publish::answer(batch);
             }
-            write.run(batch.script()?).await
+            batch.script()
         };
-        let done = match done.await {
-            Ok(()) => write.commit().await,
+        let done = match script.await {
+            Ok(script) => write.commit_with(script).await,
             Err(error) => Err(write.rollback(error).await),
         };
         if let Err(error) = done {
