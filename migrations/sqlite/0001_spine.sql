@@ -41,7 +41,7 @@ CREATE TABLE tasks (
     result            TEXT,                      -- JSON object
     error             TEXT,                      -- JSON, the failure
     usage             TEXT                       -- JSON, the usage
-) STRICT;
+) STRICT, WITHOUT ROWID;
 
 -- Lists of a namespace, newest first.
 CREATE INDEX tasks_by_namespace ON tasks (namespace, id);

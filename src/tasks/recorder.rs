@@ -1,6 +1,6 @@
 //! The loop that brings what runners sent to stable storage in the background.
 //!
-//! Every 200 ms, or at once when much is waiting or a log needs more sequences, it takes what
+//! Every 400 ms, or at once when much is waiting or a log needs more sequences, it takes what
 //! the logs have not recorded and gives all of it to the ledger in few transactions. Only then
 //! do logs acknowledge it and may drop it from memory. It also has the relay keep its bounds.
 
@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Longest time that an event waits to be recorded.
-const INTERVAL: Duration = Duration::from_millis(200);
+const INTERVAL: Duration = Duration::from_millis(400);
 
 /// Pause after a failure, so that failing storage is not hammered.
 const PAUSE: Duration = Duration::from_millis(500);
