@@ -79,8 +79,8 @@ CREATE TABLE segments (
     first_sequence INTEGER NOT NULL,
     last_sequence  INTEGER NOT NULL,
     frames         BLOB    NOT NULL,
-    PRIMARY KEY (task_id, first_sequence)
-) STRICT, WITHOUT ROWID;
+    PRIMARY KEY (task_id, first_sequence)        -- a small index; rows are only appended
+) STRICT;
 
 -- Where the archived transcript of an ended task lies: a range of a blob.
 CREATE TABLE transcripts (
