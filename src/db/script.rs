@@ -191,6 +191,7 @@ mod tests {
         (0..n).map(|i| (format!("row {i:03}"), vec![value, i as u8])).collect()
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "as scripts want it")]
     fn bind(values: &mut Values, (name, value): &(String, Vec<u8>)) -> Result<()> {
         values.bind(name.clone()).bind(value.clone());
         Ok(())
@@ -221,8 +222,8 @@ mod tests {
             script.add_rows_exactly(&UPDATE, &rows(n, 2)[..n.min(3)], bind).unwrap();
             script.add("DELETE FROM settings WHERE name = ?").bind("row 000");
             run(&db, script).await.unwrap();
-            let wanted: Vec<_> = rows(n, 2)[..n.min(3)].iter().cloned().collect();
-            let wanted = [wanted, rows(n, 1)[n.min(3)..].to_vec()].concat();
+            let (old, new) = (rows(n, 1), rows(n, 2));
+            let wanted = [&new[..n.min(3)], &old[n.min(3)..]].concat();
             assert_eq!(stored(&db).await, wanted[1..], "{n} rows");
         }
     }

@@ -146,3 +146,56 @@ async fn the_sweep_leaves_alone_what_started_or_ended() {
     assert_eq!(sweep(&world).run_once().await.unwrap(), 0);
     assert!(world.parts.queue.is_empty());
 }
+
+async fn rename(world: &World, sql: &'static str) {
+    let write = world.parts.db.write(move |tx| {
+        Box::pin(async move {
+            sqlx::query(sql).execute(tx.conn()).await?;
+            Ok(())
+        })
+    });
+    write.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_task_that_finds_a_free_runner_starts_in_the_commit_that_accepts_it() {
+    let world = World::starting().await;
+    let mut runner = Runner::connect(&world);
+    let id = world.submit().await;
+    assert_eq!(assigned(&mut runner, &world), 1);
+    let task = world.get(id).await;
+    assert_eq!((task.state, task.attempt, task.revision), (State::Running, 1, 2));
+    let stats = world.parts.queue.stats(&task.namespace, "baton/echo");
+    assert_eq!((stats.depth, stats.running, stats.free_slots), (0, 1, 7));
+    // Nothing is left for the dispatcher to do.
+    assert_eq!(dispatcher(&world).run_once().await, 0);
+}
+
+#[tokio::test]
+async fn who_waited_longer_gets_the_slot_that_an_accepted_task_finds() {
+    let world = World::starting().await;
+    let first = world.submit().await;
+    world.clock.advance(Duration::from_secs(1));
+    let mut runner = Runner::connect_with_slots(&world, 1);
+    let second = world.submit().await;
+    assert_eq!(assigned(&mut runner, &world), 1);
+    assert_eq!(world.get(first).await.state, State::Running);
+    assert_eq!(world.get(second).await.state, State::Queued);
+    assert!(world.parts.queue.contains(second));
+}
+
+#[tokio::test]
+async fn a_commit_that_fails_leaves_neither_a_start_nor_an_entry() {
+    let world = World::starting().await;
+    let mut runner = Runner::connect(&world);
+    rename(&world, "ALTER TABLE tasks RENAME TO hidden").await;
+    assert!(world.try_submit().await.is_err());
+    assert_eq!(assigned(&mut runner, &world), 0);
+    assert!(world.parts.queue.is_empty());
+    let stats = world.parts.queue.stats(&Namespace::from("default"), "baton/echo");
+    assert_eq!((stats.running, stats.free_slots), (0, 8));
+    rename(&world, "ALTER TABLE hidden RENAME TO tasks").await;
+    let id = world.submit().await;
+    assert_eq!(assigned(&mut runner, &world), 1);
+    assert_eq!(world.get(id).await.state, State::Running);
+}

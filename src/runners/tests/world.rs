@@ -45,12 +45,25 @@ pub struct World {
     dir: Arc<tempfile::TempDir>,
 }
 
+/// Who starts attempts.
+#[derive(PartialEq, Eq)]
+enum Starts {
+    Asked,
+    Accepting,
+}
+
 impl World {
+    /// Attempts are started by whoever asks the ledger to.
     pub async fn new() -> Self {
-        Self::open(Arc::new(tempfile::tempdir().unwrap())).await
+        Self::open(Arc::new(tempfile::tempdir().unwrap()), Starts::Asked).await
     }
 
-    async fn open(dir: Arc<tempfile::TempDir>) -> Self {
+    /// The ledger starts what it accepts, where a runner is free.
+    pub async fn starting() -> Self {
+        Self::open(Arc::new(tempfile::tempdir().unwrap()), Starts::Accepting).await
+    }
+
+    async fn open(dir: Arc<tempfile::TempDir>, starts: Starts) -> Self {
         let clock = Clock::manual();
         let parts = Parts {
             db: Db::open(&dir.path().join("baton.db")).await.unwrap(),
@@ -63,9 +76,8 @@ impl World {
             tail: Tail::default(),
             metrics: Metrics::new(),
         };
-        let (ledger, writer) = ledger::new(parts.clone());
+        let (ledger, mut writer) = ledger::new(parts.clone());
         let supervisor = Supervisor::new();
-        supervisor.spawn_loop("ledger", writer.run());
         let store_down = Arc::new(AtomicBool::new(false));
         let registry = Registry::new(
             RunnerLimits::default(),
@@ -76,6 +88,10 @@ impl World {
             supervisor.clone(),
             ports(&ledger, &parts.db, &store_down),
         );
+        if starts == Starts::Accepting {
+            writer = writer.starting(crate::dispatch::starter(&registry, supervisor.token()));
+        }
+        supervisor.spawn_loop("ledger", writer.run());
         Self { clock, parts, ledger, registry, supervisor, store_down, dir }
     }
 
@@ -84,15 +100,19 @@ impl World {
         let dir = self.dir.clone();
         self.supervisor.shutdown(Duration::from_secs(1), &Clock::system()).await;
         drop(self);
-        let world = Self::open(dir).await;
+        let world = Self::open(dir, Starts::Asked).await;
         let running = crate::tasks::recovery::running(&world.parts).await.unwrap();
         world.registry.adopt(running);
         world
     }
 
     pub async fn submit(&self) -> TaskId {
-        let new = new_task();
-        self.ledger.submit(vec![new]).await.pop().unwrap().unwrap().task.id
+        self.try_submit().await.unwrap()
+    }
+
+    pub async fn try_submit(&self) -> Result<TaskId> {
+        let submitted = self.ledger.submit(vec![new_task()]).await.pop().unwrap();
+        submitted.map(|submitted| submitted.task.id)
     }
 
     /// Starts an attempt in the store, as dispatch does.
@@ -256,6 +276,14 @@ impl Runner {
     /// Connects with a new session.
     pub fn connect(world: &World) -> Self {
         Self::try_connect(world, hello("r1", "i1")).unwrap()
+    }
+
+    /// Connects with that many slots, all free.
+    pub fn connect_with_slots(world: &World, slots: u32) -> Self {
+        let mut hello = hello("r1", "i1");
+        hello.profile.slots = slots;
+        hello.credits = Some(Announcement { revision: 1, free_slots: slots, as_of_seq: 0 });
+        Self::try_connect(world, hello).unwrap()
     }
 
     pub fn try_connect(world: &World, hello: Hello) -> Result<Self> {

@@ -18,11 +18,14 @@ use crate::{
 /// Most tasks started in the commit of others.
 const ROUND: usize = 256;
 
+/// The start that a match stands for.
+type StartOf = dyn Fn(&Match) -> Option<Start> + Send + Sync;
+
 /// How the ledger starts what it accepts.
 pub struct Starter {
     /// The start that a match stands for; `None` when its runner has left or nothing is to be
     /// started any more.
-    pub start: Box<dyn Fn(&Match) -> Option<Start> + Send + Sync>,
+    pub start: Box<StartOf>,
     /// Takes a started attempt to its runner.
     pub assign: Box<dyn Fn(SupplyKey, Arc<Task>) + Send + Sync>,
 }
