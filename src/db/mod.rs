@@ -97,8 +97,7 @@ impl Write<'_> {
         if self.begun
             && let Err(error) = sqlx::query(COMMIT).execute(self.tx().conn()).await
         {
-            let error = self.distrust(error);
-            return if faults::planted(Fault::AckFailedCommits) { Ok(()) } else { Err(error) };
+            return refused(self.distrust(error));
         }
         self.release();
         Ok(())
@@ -124,8 +123,7 @@ impl Write<'_> {
                 Ok(())
             }
             Ok(()) => self.commit().await,
-            Err(_) if faults::planted(Fault::AckFailedCommits) => Ok(()),
-            Err(error) => Err(self.rollback(error).await),
+            Err(error) => refused(self.rollback(error).await),
         }
     }
 
@@ -375,6 +373,11 @@ pub async fn watch_health(db: Db, clock: crate::clock::Clock) -> anyhow::Result<
         clock.sleep(Duration::from_millis(500)).await;
         db.probe().await;
     }
+}
+
+/// The outcome of what could not be committed.
+fn refused(error: Error) -> Result<()> {
+    if faults::planted(Fault::AckFailedCommits) { Ok(()) } else { Err(error) }
 }
 
 async fn open_connection(options: &SqliteConnectOptions) -> Result<SqliteConnection> {

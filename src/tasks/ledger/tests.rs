@@ -256,7 +256,7 @@ async fn race(
         match bench.ledger.apply(task.id, event.clone()).await {
             Ok(_) => (event, true),
             Err(error) => {
-                let leased = batch::attempt_of(&event).is_some();
+                let leased = effect::attempt_of(&event).is_some();
                 let wanted = if leased { Reason::LeaseLost } else { Reason::StateConflict };
                 assert_eq!(error.reason(), wanted, "{event:?}: {error}");
                 (event, false)
