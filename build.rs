@@ -6,13 +6,16 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 8] = [
+    "baton/v1/annotations.proto",
     "baton/v1/errors.proto",
     "baton/v1/events.proto",
     "baton/v1/keys.proto",
     "baton/v1/queues.proto",
     "baton/v1/runners.proto",
     "baton/v1/tasks.proto",
+    // Details of errors, which no message names: they travel in `google.protobuf.Any`.
+    "google/rpc/error_details.proto",
 ];
 
 #[expect(clippy::disallowed_methods, reason = "a build script is told its directory so")]

@@ -22,7 +22,8 @@
 //! # A submit, step by step
 //!
 //! 1. [`grpc`] accepts the connection, finds the [`keys::Principal`] of the credential, and calls
-//!    [`tasks::service`].
+//!    [`tasks::service`]. What comes as JSON was made a gRPC request by [`gateway`] before, and
+//!    takes the same way.
 //! 2. [`tasks::convert`] checks the request and names every bad field; [`queue`] grants a place or
 //!    refuses early.
 //! 3. [`tasks::ledger`] takes everything that waits, applies the pure [`tasks::state`] to the rows,
@@ -64,7 +65,7 @@
 //! Kernels know no noun of the domain: [`clock`], [`id`], [`error`], [`db`], [`events`],
 //! [`queue`], [`blob`], [`relay`]. Slices have one noun each, and the same file names mean the same
 //! role in each: `model`, `state`, `store`, `convert`, `service`. Edges know no SQL: [`grpc`],
-//! [`agent`]. Imports point from edges to slices to kernels;
+//! [`gateway`], [`agent`]. Imports point from edges to slices to kernels;
 //! `tests/architecture.rs` holds the code to it. [`faults`] are defects that tests plant.
 
 pub mod blob;
@@ -76,6 +77,7 @@ pub mod events;
 pub mod faults;
 pub mod id;
 pub mod json;
+pub mod near;
 pub mod pb;
 pub mod queue;
 pub mod relay;
@@ -87,6 +89,7 @@ pub mod bench;
 pub mod keys;
 pub mod tasks;
 
+pub mod gateway;
 pub mod grpc;
 pub mod runners;
 

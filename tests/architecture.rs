@@ -10,10 +10,10 @@ use std::{
 const MAX_LINES: usize = 500;
 
 /// What every module may import.
-const GROUND: &[&str] = &["error", "id", "clock", "faults", "json"];
+const GROUND: &[&str] = &["error", "id", "clock", "faults", "json", "near"];
 
 /// What each module may import besides [`GROUND`], itself and what the wire rules allow.
-/// Direction of the whole: `main -> cli -> app -> grpc -> slices -> kernels -> ground`.
+/// Direction of the whole: `main -> cli -> app -> gateway -> grpc -> slices -> kernels -> ground`.
 const EDGES: &[(&str, &[&str])] = &[
     ("error", &["pb"]),
     ("id", &[]),
@@ -23,6 +23,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("json", &["pb"]),
     // The variable that names the planted one.
     ("faults", &["config"]),
+    // The known name that somebody most likely meant.
+    ("near", &[]),
     ("config", &[]),
     ("supervisor", &[]),
     ("telemetry", &["config", "supervisor"]),
@@ -57,6 +59,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("queues", KERNELS_AND_KEYS),
     // Edges.
     ("grpc", &["config", "supervisor", "telemetry", "keys"]),
+    ("gateway", &["config", "telemetry", "keys", "grpc"]),
     // The agent shares the pure halves of the protocol and nothing else of the server.
     // For Rust programs: the generated clients, and how errors come back.
     ("client", &["grpc::status"]),
@@ -177,7 +180,7 @@ fn faults(source: &Source) -> Vec<String> {
     }
     let serves = matches!(source.role(), "service" | "convert");
     let at_edge = OPEN.contains(&module)
-        || matches!(module, "grpc" | "agent" | "client" | "telemetry")
+        || matches!(module, "grpc" | "gateway" | "agent" | "client" | "telemetry")
         || serves;
     if let Some(edges) = edges {
         for (first, second) in source.crate_paths() {

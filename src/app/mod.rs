@@ -21,9 +21,11 @@ use crate::{
     error::Error,
     events::Tail,
     faults::{self, Fault},
+    gateway::Gateway,
     grpc::{
+        calls::{Calls, Parts, Services},
         health::{self, Health},
-        layers::{Edge, Parts, Services},
+        layers::Edge,
         serve::{self, Listener},
     },
     id::Entropy,
@@ -176,16 +178,17 @@ impl App {
         let services =
             if config.server.reflection { health::with_reflection(services)? } else { services };
         let gauges = gauges(metrics.clone(), relay, registry.clone(), queue, db.clone());
-        let edge = Edge::new(Parts {
+        let calls = Calls::new(Parts {
             services,
-            http: health::router(health.clone(), metrics.clone(), gauges),
             keyring: keyring.clone(),
             auth: config.auth.clone(),
             limits: config.limits.clone(),
             metrics: metrics.clone(),
             supervisor: supervisor.clone(),
-            entropy,
         });
+        let http = health::router(health.clone(), metrics.clone(), gauges);
+        let http = Gateway::new(calls.clone(), &config)?.serve_on(http);
+        let edge = Edge::new(calls, http, &entropy);
         let threads_end = CancellationToken::new();
         let threads = config.server.io_threads;
         loops.spawn_flushing_loop("accept", {

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::near::nearest_model;
+use crate::near::nearest_model;
 use crate::{
     client::Client,
     pb::{self, task_explanation::Reason},

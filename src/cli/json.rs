@@ -71,7 +71,7 @@ fn fields(message: &MessageDescriptor) -> BTreeSet<String> {
 /// Adds the known name that most resembles an unknown one.
 fn explain(error: &str, known: &BTreeSet<String>) -> String {
     let wrong = error.split('\'').nth(1).or_else(|| error.split('`').nth(1)).unwrap_or_default();
-    match super::near::nearest(wrong, known.iter().map(String::as_str)) {
+    match crate::near::nearest(wrong, known.iter().map(String::as_str)) {
         Some(name) if name != wrong => format!("{error}; did you mean `{name}`?"),
         _ => error.to_owned(),
     }

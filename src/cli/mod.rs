@@ -9,7 +9,6 @@ pub mod exit;
 mod input;
 mod json;
 mod keys;
-mod near;
 mod operate;
 mod output;
 mod port;

@@ -23,6 +23,8 @@ pub struct Config {
     pub limits: Limits,
     /// Credentials.
     pub auth: Auth,
+    /// JSON and browsers.
+    pub http: Http,
     /// Where data lie.
     pub storage: Storage,
     /// Admission.
@@ -144,6 +146,32 @@ impl Default for Auth {
     fn default() -> Self {
         Self { required: true, open_health: true, open_reflection: false, open_metrics: false }
     }
+}
+
+/// JSON and browsers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Http {
+    /// Origins whose pages may call, such as `https://app.example.org`, with commas between.
+    /// Default: none but the server's own.
+    pub cors_origins: String,
+}
+
+impl Http {
+    /// Origins whose pages may call.
+    pub fn cors_origins(&self) -> impl Iterator<Item = &str> {
+        self.cors_origins.split(',').map(str::trim).filter(|origin| !origin.is_empty())
+    }
+}
+
+/// Whether it is what browsers send as `Origin`: scheme, host, and port where it is not the
+/// scheme's own.
+fn is_origin(text: &str) -> bool {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    host.is_some_and(|host| {
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.:[]".contains(c);
+        !host.is_empty() && host.chars().all(allowed)
+    })
 }
 
 /// Where data lie.
@@ -371,6 +399,14 @@ impl Config {
         }
         if self.relay.total < self.relay.per_task {
             return refuse("relay.total", "must be at least relay.per_task".into());
+        }
+        for origin in self.http.cors_origins() {
+            if !is_origin(origin) {
+                let problem = format!(
+                    "`{origin}` is no origin; write it as browsers do, such as `https://app.example.org`"
+                );
+                return refuse("http.cors_origins", problem);
+            }
         }
         let endpoint = &self.telemetry.otlp_endpoint;
         let schemes = ["http://", "https://"];

@@ -18,7 +18,7 @@ use tonic_health::{
     server::{HealthReporter, HealthService},
 };
 
-use super::layers::Services;
+use super::calls::Services;
 use crate::{error::Error, pb, telemetry::Metrics};
 
 /// The state of health of all services at once; clones share it.

@@ -2,6 +2,7 @@
 
 pub mod auth;
 mod body;
+pub mod calls;
 pub mod health;
 pub mod layers;
 pub mod methods;

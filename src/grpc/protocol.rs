@@ -39,6 +39,11 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
+pub(super) fn is_grpc_web(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE);
+    kind.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc-web"))
+}
+
 /// Refuses `-bin` metadata that is not base64.
 pub(super) fn check_binary_metadata(headers: &HeaderMap) -> Result<(), Error> {
     use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};

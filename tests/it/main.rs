@@ -9,9 +9,11 @@
 
 mod agent;
 mod auth;
+mod browsers;
 mod command_line;
 mod determinism;
 mod failover;
+mod gateway;
 mod harness;
 mod overload;
 mod runner_command;

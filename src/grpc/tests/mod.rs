@@ -29,8 +29,9 @@ use tonic::{Code, Status, body::Body, server::NamedService};
 use tower::Service;
 
 use super::{
+    calls::{Calls, Parts, Services},
     health::{self, Health},
-    layers::{CORRELATION, CorrelationId, Edge, Parts, Services},
+    layers::{CORRELATION, CorrelationId, Edge},
     serve,
     status::{error_reason, retry_delay},
 };
@@ -140,16 +141,15 @@ impl Bench {
         let health = Health::new(&services).await;
         health.set(true).await;
         let services = health::with_reflection(services.with(health.server())).unwrap();
-        let edge = Edge::new(Parts {
+        let calls = Calls::new(Parts {
             services,
-            http: health::router(health, metrics.clone(), || ()),
             keyring: keyring.clone(),
             auth: config.auth.clone(),
             limits: config.limits.clone(),
             metrics: metrics.clone(),
             supervisor: supervisor.clone(),
-            entropy,
         });
+        let edge = Edge::new(calls, health::router(health, metrics.clone(), || ()), &entropy);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let threads_end = CancellationToken::new();
