@@ -5,7 +5,7 @@ use serde_json::{Map, Number};
 
 /// The struct as JSON text. Whole numbers are printed without a fraction.
 pub fn text_from_struct(value: &Struct) -> String {
-    serde_json::Value::Object(map(value)).to_string()
+    serde_json::Value::Object(map_from_struct(value)).to_string()
 }
 
 /// A JSON object as a struct; `None` when the text is no JSON object.
@@ -21,7 +21,8 @@ pub fn struct_from_map(map: Map<String, serde_json::Value>) -> Struct {
     Struct { fields: map.into_iter().map(|(key, value)| (key, to_proto(value))).collect() }
 }
 
-fn map(value: &Struct) -> Map<String, serde_json::Value> {
+/// The struct as a JSON object.
+pub fn map_from_struct(value: &Struct) -> Map<String, serde_json::Value> {
     value.fields.iter().map(|(key, value)| (key.clone(), from_proto(value))).collect()
 }
 
@@ -32,7 +33,7 @@ fn from_proto(value: &Value) -> serde_json::Value {
         Some(Kind::NumberValue(value)) => number(*value),
         Some(Kind::StringValue(value)) => value.clone().into(),
         Some(Kind::ListValue(list)) => list.values.iter().map(from_proto).collect(),
-        Some(Kind::StructValue(value)) => serde_json::Value::Object(map(value)),
+        Some(Kind::StructValue(value)) => serde_json::Value::Object(map_from_struct(value)),
     }
 }
 

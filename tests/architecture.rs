@@ -63,7 +63,17 @@ const EDGES: &[(&str, &[&str])] = &[
     // The agent shares the pure halves of the protocol and nothing else of the server.
     // For Rust programs: the generated clients, and how errors come back.
     ("client", &["grpc::status"]),
-    ("agent", &["config", "supervisor", "telemetry", "runners::protocol", "grpc::status"]),
+    (
+        "agent",
+        &[
+            "config",
+            "supervisor",
+            "telemetry",
+            "runners::protocol",
+            "grpc::status",
+            "queue::ModelPattern",
+        ],
+    ),
 ];
 const KERNELS: &[&str] = &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry"];
 const KERNELS_AND_KEYS: &[&str] =

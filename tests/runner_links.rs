@@ -81,7 +81,7 @@ impl Server {
             parts.queue.clone(),
             parts.relay.clone(),
             supervisor.clone(),
-            ports(&ledger, &parts.db),
+            ports(&ledger, &parts.db, &parts.metrics),
         );
         supervisor.spawn_loop("sweep", registry.clone().run_sweep());
         supervisor.spawn_loop("revocations", registry.clone().run_revocations());
@@ -225,7 +225,7 @@ impl Server {
     }
 }
 
-fn ports(ledger: &Ledger, db: &Db) -> Ports {
+fn ports(ledger: &Ledger, db: &Db, metrics: &Metrics) -> Ports {
     let (ledger, db) = (ledger.clone(), db.clone());
     Ports {
         apply: Arc::new(move |id, event| {
@@ -237,6 +237,7 @@ fn ports(ledger: &Ledger, db: &Db) -> Ports {
             Box::pin(async move { get(&db, id).await })
         }),
         token: Arc::new(|task| format!("token-{}", task.id)),
+        metrics: metrics.clone(),
     }
 }
 
@@ -271,7 +272,7 @@ async fn cut_links(mode: agent::Mode) {
     };
     let running = agent::run_with(
         config,
-        Arc::new(agent::engine::echo::Echo),
+        Arc::new(agent::engine::echo::Echo::default()),
         connector,
         Clock::system(),
         entropy,

@@ -104,7 +104,7 @@ async fn runner(i: u64, seed: u64) -> turmoil::Result {
     });
     let token = CancellationToken::new;
     let shutdown = Shutdown { drain: token(), stop: token() };
-    let engine = Arc::new(engine::echo::Echo);
+    let engine = Arc::new(engine::echo::Echo::default());
     agent::run_with(config, engine, connector, Clock::simulated(boot), entropy, shutdown).await?;
     Err("the runner left by itself".into())
 }

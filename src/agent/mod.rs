@@ -11,6 +11,7 @@
 //! [`mailbox`] (control messages); streams only pull from them. [`poll`] does the same
 //! with unary calls where streams do not get through.
 
+mod commands;
 pub mod connection;
 pub mod emitter;
 pub mod engine;
@@ -18,6 +19,7 @@ pub mod engine;
 mod leaving_tests;
 mod mailbox;
 mod node;
+mod offers;
 pub mod outbox;
 mod output;
 mod poll;
@@ -35,16 +37,21 @@ use anyhow::Context as _;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-pub use self::{connection::Connector, node::gpus};
 use self::{
-    connection::Credential, engine::Engine, mailbox::Mailbox, outbox::Outbox, session::Session,
-    slots::Slots,
+    commands::{Commands, Told},
+    connection::Credential,
+    engine::Engine,
+    mailbox::Mailbox,
+    outbox::Outbox,
+    session::Session,
+    slots::{Ended, Slots},
 };
+pub use self::{connection::Connector, node::gpus};
 use crate::{
     clock::{Clock, Mono},
     id::Entropy,
     pb,
-    runners::protocol::Backoff,
+    runners::protocol::{Backoff, feature},
 };
 
 /// How the agent talks to the server.
@@ -72,7 +79,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// Pools that it belongs to.
     pub pools: Vec<String>,
-    /// Models that it serves: `owner/name`, `owner/name@version` or `*`.
+    /// Models that it serves: `owner/name`, `owner/name@version` or `*`. May be empty with an
+    /// engine that loads models by command.
     pub models: Vec<String>,
     /// Most attempts at once; at least 1.
     pub slots: u32,
@@ -153,7 +161,7 @@ pub async fn run(
     entropy: Entropy,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    let engine = engine::load(&config.engine)?;
+    let engine = engine::load(&config.engine).await?;
     let connector = connection::connector(&config.server)?;
     run_with(config, engine, connector, clock, entropy, shutdown).await
 }
@@ -171,7 +179,10 @@ pub async fn run_with(
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     anyhow::ensure!(config.slots > 0, "a runner needs at least one slot");
-    anyhow::ensure!(!config.models.is_empty(), "a runner needs at least one model");
+    anyhow::ensure!(
+        !config.models.is_empty() || engine.features().contains(&feature::APPLY),
+        "a runner whose engine does not load models by command needs at least one model"
+    );
     let threads = match config.engine_threads {
         0 => None,
         n => Some(EngineThreads::start(n)?),
@@ -181,12 +192,14 @@ pub async fn run_with(
     let agent = Agent {
         credential: Credential::new(config.api_key.as_deref())?,
         instance_id: format!("{:016x}", entropy.u64()),
+        commands: Commands::new(runtime.clone()),
         slots: Slots::new(engine.clone(), outbox.clone(), clock.clone(), runtime),
         mailbox: Mailbox::default(),
         session: Session::default(),
         leaving: Leaving::default(),
         paused: false,
-        gpus: node::gpus().await,
+        gpus: node::Gpus::measure(clock.clone()).await,
+        models: config.models.clone(),
         config,
         engine,
         connector,
@@ -242,8 +255,11 @@ struct Agent {
     slots: Slots,
     session: Session,
     leaving: Leaving,
+    commands: Commands,
+    /// Models that it serves, as it announces them.
+    models: Vec<String>,
     paused: bool,
-    gpus: Vec<pb::Gpu>,
+    gpus: node::Gpus,
 }
 
 /// How far the runner is on its way out.
@@ -257,6 +273,10 @@ struct Leaving {
     exit: bool,
     /// Commands to answer when nothing is held.
     commands: Vec<String>,
+    /// Attempts held when the drain began.
+    n_held: u32,
+    /// What the commands were told of it.
+    told: Told,
     /// Whether the supervisor's token has been heeded.
     heeded: bool,
     /// Whether to end now.
@@ -277,15 +297,15 @@ enum End {
 }
 
 /// What happens inside the runner.
-#[derive(Clone, Copy)]
 enum Local {
     Stop,
     Drain,
     HandBack,
-    /// An attempt ended; whether a slot became free that must be announced.
-    Ended {
-        announce: bool,
-    },
+    /// An attempt's engine has ended.
+    Ended(Ended),
+    Command(commands::Event),
+    /// The graphics processors were measured.
+    Measured,
 }
 
 impl Agent {
@@ -339,7 +359,9 @@ impl Agent {
             () = async { hand_back.expect("the guard checked it").await }, if hand_back.is_some() => {
                 Local::HandBack
             }
-            announce = self.slots.ended() => Local::Ended { announce },
+            ended = self.slots.ended() => Local::Ended(ended),
+            event = self.commands.next(&self.clock) => Local::Command(event),
+            () = self.gpus.measured_again() => Local::Measured,
         }
     }
 
@@ -355,10 +377,16 @@ impl Agent {
             }
             Local::HandBack => {
                 self.leaving.hand_back_at = None;
-                self.slots.hand_back("the runner is leaving");
+                self.slots.hand_back("the runner is leaving", |_, _| true);
             }
-            Local::Ended { announce: false } => {}
-            Local::Ended { announce: true } => self.announce(),
+            Local::Ended(Ended { key, freed }) => {
+                if freed {
+                    self.announce();
+                }
+                self.on_stopped(key);
+            }
+            Local::Command(event) => self.on_command_event(event),
+            Local::Measured => {}
         }
     }
 
@@ -366,16 +394,23 @@ impl Agent {
     fn drain(&mut self, time: Duration, exit: bool) {
         tracing::info!(held = self.outbox.digest().0, exit, "draining");
         let at = self.clock.mono() + time;
-        self.leaving.draining = true;
+        if !std::mem::replace(&mut self.leaving.draining, true) {
+            self.leaving.n_held = self.outbox.digest().0;
+            self.leaving.told = Told::default();
+        }
         self.leaving.exit |= exit;
         self.leaving.hand_back_at =
             Some(self.leaving.hand_back_at.map_or(at, |before| before.min(at)));
         self.announce();
     }
 
-    /// Announces the credits of now.
-    fn announce(&self) {
-        self.outbox.set_accepting(!self.leaving.draining && !self.paused);
+    /// Announces what is offered now, if that is news, and the credits of now.
+    fn announce(&mut self) {
+        self.outbox.set_accepting(self.is_accepting());
+        let offer = self.offer();
+        if self.session.is_news(&offer) {
+            self.mailbox.push(pb::connect_request::Body::Offer(offer));
+        }
         self.mailbox.push(pb::connect_request::Body::Credits(self.outbox.credits()));
     }
 
@@ -389,6 +424,7 @@ impl Agent {
     async fn meanwhile<T>(&mut self, future: impl Future<Output = T>) -> Result<T, End> {
         let mut future = std::pin::pin!(future);
         loop {
+            self.commands_go_on();
             if self.leaving.stopped || (self.leaving.exit && self.is_drained()) {
                 return Err(End::Left);
             }

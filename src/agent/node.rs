@@ -4,10 +4,15 @@
 
 use std::{fs, process::Stdio, time::Duration};
 
+use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::process::Command;
 
-use crate::pb;
+use crate::{clock::Clock, pb};
 
+/// What knows the graphics processors.
+const PROGRAM: &str = "nvidia-smi";
+/// Time between two measurements.
+const INTERVAL: Duration = Duration::from_secs(10);
 /// Longest time that `nvidia-smi` may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -40,8 +45,61 @@ pub fn load() -> f64 {
 
 /// The graphics processors with their load; none without `nvidia-smi`.
 pub async fn gpus() -> Vec<pb::Gpu> {
+    ask(PROGRAM).await
+}
+
+/// The graphics processors, measured again now and then.
+pub struct Gpus {
+    latest: Vec<pb::Gpu>,
+    next: BoxFuture<'static, Vec<pb::Gpu>>,
+    program: &'static str,
+    clock: Clock,
+}
+
+impl Gpus {
+    /// Measures them for the first time.
+    pub async fn measure(clock: Clock) -> Self {
+        Self::with(PROGRAM, clock).await
+    }
+
+    async fn with(program: &'static str, clock: Clock) -> Self {
+        let latest = ask(program).await;
+        let next = later(program, clock.clone());
+        Self { latest, next, program, clock }
+    }
+
+    /// As they were measured last.
+    pub fn latest(&self) -> Vec<pb::Gpu> {
+        self.latest.clone()
+    }
+
+    /// Waits until they were measured again; for ever where there are none. Can be dropped and
+    /// called again.
+    pub async fn measured_again(&mut self) {
+        if self.latest.is_empty() {
+            return std::future::pending().await;
+        }
+        let measured = (&mut self.next).await;
+        self.next = later(self.program, self.clock.clone());
+        // What could not be measured is not gone.
+        if !measured.is_empty() {
+            self.latest = measured;
+        }
+    }
+}
+
+fn later(program: &'static str, clock: Clock) -> BoxFuture<'static, Vec<pb::Gpu>> {
+    let at = clock.mono() + INTERVAL;
+    async move {
+        clock.sleep_until(at).await;
+        ask(program).await
+    }
+    .boxed()
+}
+
+async fn ask(program: &str) -> Vec<pb::Gpu> {
     let query = "index,name,memory.total,memory.used,utilization.gpu,temperature.gpu";
-    let output = Command::new("nvidia-smi")
+    let output = Command::new(program)
         .arg(format!("--query-gpu={query}"))
         .arg("--format=csv,noheader,nounits")
         .stdin(Stdio::null())
@@ -89,7 +147,34 @@ fn memory(meminfo: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{gpu, memory};
+    use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
+
+    use super::{Gpus, INTERVAL, gpu, memory};
+    use crate::clock::Clock;
+
+    #[tokio::test]
+    async fn the_load_is_measured_again_and_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("smi");
+        let count = dir.path().join("count");
+        let script = format!(
+            "#!/bin/sh\necho x >> {0}\necho \"0, Fake, 1024, $(grep -c x {0}), 50, 40\"\n",
+            count.display()
+        );
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let clock = Clock::manual();
+        let program = program.display().to_string().leak();
+        let mut gpus = Gpus::with(program, clock.clone()).await;
+        let used = |gpus: &Gpus| gpus.latest()[0].memory_used_bytes.unwrap() >> 20;
+        assert_eq!(used(&gpus), 1);
+        for n in 2..4 {
+            clock.advance(INTERVAL);
+            let measured = gpus.measured_again();
+            tokio::time::timeout(Duration::from_secs(10), measured).await.unwrap();
+            assert_eq!(used(&gpus), n);
+        }
+    }
 
     #[test]
     fn reads_what_nvidia_smi_prints() {

@@ -91,15 +91,13 @@ impl Agent {
         let mut reports: FuturesUnordered<BoxFuture<'static, Reported>> = FuturesUnordered::new();
         let mut reporting: HashSet<Key> = HashSet::new();
         loop {
+            self.commands_go_on();
             if self.leaving.stopped {
                 return Ok(End::Left);
             }
-            if self.is_drained() && bye_until.is_none() {
-                self.answer_drained();
-                if self.leaving.exit {
-                    self.mailbox.push(ToServer::Bye(pb::Bye { reason: "drained".into() }));
-                    bye_until = Some(clock.mono() + BYE_TIMEOUT);
-                }
+            if self.leaving.exit && self.is_drained() && bye_until.is_none() {
+                self.mailbox.push(ToServer::Bye(pb::Bye { reason: "drained".into() }));
+                bye_until = Some(clock.mono() + BYE_TIMEOUT);
             }
             if bye_until.is_some_and(|until| self.mailbox.is_settled() || clock.mono() >= until) {
                 return Ok(End::Left);

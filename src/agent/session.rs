@@ -16,11 +16,8 @@ use crate::{
     clock::{Clock, Micros, Mono},
     error::Reason,
     id::TaskId,
-    pb::{
-        self, command::Action, connect_request::Body as ToServer,
-        connect_response::Body as FromServer,
-    },
-    runners::protocol::{Inbox, Received, VERSIONS},
+    pb::{self, connect_request::Body as ToServer, connect_response::Body as FromServer},
+    runners::protocol::{Inbox, Received, VERSIONS, feature},
 };
 
 /// What the server said at Welcome, and what was processed since.
@@ -33,6 +30,26 @@ pub(super) struct Session {
     pub(super) heartbeat_interval: Duration,
     /// When to open a new connection.
     pub(super) renew_at: Option<Mono>,
+    /// What it understands besides the protocol's first release.
+    features: Vec<String>,
+    /// What it was told is offered.
+    offered: Option<pb::Offer>,
+}
+
+impl Session {
+    /// Whether the server understands a feature.
+    pub(super) fn uses(&self, feature: &str) -> bool {
+        self.features.iter().any(|used| used == feature)
+    }
+
+    /// Whether the server has to be told of an offer.
+    pub(super) fn is_news(&mut self, offer: &pb::Offer) -> bool {
+        let news = self.uses(feature::OFFER) && self.offered.as_ref() != Some(offer);
+        if news {
+            self.offered = Some(offer.clone());
+        }
+        news
+    }
 }
 
 impl Default for Session {
@@ -43,6 +60,8 @@ impl Default for Session {
             n_welcomes: 0,
             heartbeat_interval: Duration::from_secs(5),
             renew_at: None,
+            features: Vec::new(),
+            offered: None,
         }
     }
 }
@@ -50,7 +69,7 @@ impl Default for Session {
 /// Time that an engine gets to stop where the server names none.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
-fn duration(value: Option<prost_types::Duration>) -> Option<Duration> {
+pub(super) fn duration(value: Option<prost_types::Duration>) -> Option<Duration> {
     value.and_then(|value| Duration::try_from(value).ok())
 }
 
@@ -59,25 +78,33 @@ fn key(task_id: &str, attempt: u32) -> Option<Key> {
 }
 
 impl Agent {
-    pub(super) fn hello(&self) -> pb::Hello {
-        self.outbox.set_accepting(!self.leaving.draining && !self.paused);
+    pub(super) fn hello(&mut self) -> pb::Hello {
+        self.outbox.set_accepting(self.is_accepting());
+        let offer = self.offer();
+        self.session.offered = Some(offer.clone());
+        // What the engine cannot do is not offered.
+        let commands = self.engine.features().iter().copied();
+        let features = commands.chain([feature::OFFER, feature::PROGRESS, feature::STOPPED]);
         pb::Hello {
             runner_id: self.config.runner_id.clone(),
             instance_id: self.instance_id.clone(),
             session_id: self.session.id.clone(),
             min_version: *VERSIONS.start(),
             max_version: *VERSIONS.end(),
-            features: Vec::new(),
-            node: Some(node::node(self.gpus.clone())),
+            features: features.map(Into::into).collect(),
+            node: Some(node::node(self.gpus.latest())),
             slots: self.config.slots,
             labels: self.config.labels.clone().into_iter().collect(),
             pools: self.config.pools.clone(),
-            models: self.config.models.clone(),
+            models: offer.models,
             engine: self.engine.name().into(),
-            engine_version: self.engine.version(),
+            engine_version: offer.engine_version,
             agent_version: env!("CARGO_PKG_VERSION").into(),
             inventory: Some(self.inventory()),
             credits: Some(self.outbox.credits()),
+            engine_params: offer.engine_params,
+            paused: offer.paused,
+            draining: offer.draining,
         }
     }
 
@@ -94,7 +121,7 @@ impl Agent {
 
     pub(super) fn heartbeat(&self) -> pb::RunnerHeartbeat {
         let (held, held_digest) = self.outbox.digest();
-        pb::RunnerHeartbeat { held_digest, held, load: node::load(), gpus: self.gpus.clone() }
+        pb::RunnerHeartbeat { held_digest, held, load: node::load(), gpus: self.gpus.latest() }
     }
 
     /// Takes Welcome in; returns the carrier for events.
@@ -106,7 +133,10 @@ impl Agent {
         if !welcome.resumed {
             self.session.inbox = Inbox::default();
             self.outbox.new_session();
+            self.commands.new_session();
+            self.leaving.commands.clear();
         }
+        self.session.features = welcome.features;
         tracing::info!(session.id = %welcome.session_id, resumed = welcome.resumed, "connected");
         self.session.n_welcomes += 1;
         self.session.id = welcome.session_id;
@@ -160,7 +190,7 @@ impl Agent {
                 let Some(key) = key(&cancel.task_id, cancel.attempt) else { return };
                 tracing::info!(task.id = %key.0, attempt = key.1, reason = cancel.reason,
                     detail = cancel.detail, "attempt cancelled by the server");
-                self.slots.stop(key, duration(cancel.grace).unwrap_or(DEFAULT_GRACE));
+                self.on_cancel(key, duration(cancel.grace).unwrap_or(DEFAULT_GRACE));
             }
             FromServer::Command(command) => self.on_command(command),
             FromServer::InventoryRequest(_) => {
@@ -188,16 +218,7 @@ impl Agent {
         if self.outbox.holds(key) {
             return;
         }
-        let refusal = if self.leaving.draining {
-            Some("the runner is draining")
-        } else if self.paused {
-            Some("the runner is paused")
-        } else if self.outbox.free_slots() == 0 {
-            Some("the runner has no free slot")
-        } else {
-            None
-        };
-        if let Some(reason) = refusal {
+        if let Some(reason) = self.refusal(&assign.model, &assign.model_version) {
             let reason = reason.into();
             self.mailbox.push(ToServer::Refuse(pb::Refuse { task_id, attempt, reason }));
             self.announce();
@@ -211,48 +232,28 @@ impl Agent {
         }
     }
 
-    fn on_command(&mut self, command: pb::Command) {
-        let command_id = command.command_id;
-        self.mailbox.push(ToServer::CommandAccepted(pb::CommandAccepted {
-            command_id: command_id.clone(),
-        }));
-        match command.action {
-            Some(Action::Drain(drain)) => {
-                let time = duration(drain.deadline).unwrap_or(self.config.drain_time);
-                let time = if drain.hand_back { Duration::ZERO } else { time };
-                self.drain(time, drain.exit);
-                self.leaving.commands.push(command_id);
-            }
-            Some(Action::Pause(pause)) => {
-                self.paused = pause.paused;
-                self.announce();
-                self.command_done(command_id, Reason::Unspecified, "");
-            }
-            None => {
-                let message = "this version of the agent does not know the command";
-                self.command_done(command_id, Reason::Unimplemented, message);
-            }
+    /// The server cancels an attempt.
+    pub(super) fn on_cancel(&mut self, key: Key, grace: Duration) {
+        if self.slots.stop(key, grace) {
+            let now = self.clock.mono();
+            self.commands.cancelled.entry(key).or_insert(now);
+        } else {
+            self.tell_stopped(key, Duration::ZERO);
         }
     }
 
-    fn command_done(&self, command_id: String, reason: Reason, message: &str) {
-        let code = match reason {
-            Reason::Unspecified => tonic::Code::Ok,
-            _ => tonic::Code::Unimplemented,
-        };
-        let status = pb::google::rpc::Status {
-            code: code.into(),
-            message: message.into(),
-            details: Vec::new(),
-        };
-        self.mailbox
-            .push(ToServer::CommandDone(pb::CommandDone { command_id, status: Some(status) }));
+    /// An attempt's engine has stopped.
+    pub(super) fn on_stopped(&mut self, key: Key) {
+        if let Some(since) = self.commands.cancelled.remove(&key) {
+            self.tell_stopped(key, self.clock.mono().since(since));
+        }
     }
 
-    /// Answers the commands that waited for the drain to end.
-    pub(super) fn answer_drained(&mut self) {
-        for command_id in std::mem::take(&mut self.leaving.commands) {
-            self.command_done(command_id, Reason::Unspecified, "");
+    fn tell_stopped(&self, (task, attempt): Key, took: Duration) {
+        if self.session.uses(feature::STOPPED) {
+            let took = took.try_into().ok();
+            let stopped = pb::Stopped { task_id: task.to_string(), attempt, took };
+            self.mailbox.push(ToServer::Stopped(stopped));
         }
     }
 

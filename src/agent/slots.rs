@@ -12,7 +12,7 @@ use std::{
 use prost::Message as _;
 use tokio::{
     runtime::Handle,
-    task::{AbortHandle, Id, JoinSet},
+    task::{AbortHandle, Id, JoinError, JoinSet},
 };
 
 use super::{
@@ -39,10 +39,32 @@ pub struct Slots {
     runtime: Option<Handle>,
     running: JoinSet<()>,
     keys: HashMap<Id, Key>,
-    handles: HashMap<Key, AbortHandle>,
+    handles: HashMap<Key, Running>,
     /// Attempts forgotten while they ran: their slots are freed when they have stopped.
     stopping: HashMap<Id, (Mono, Duration)>,
     handed_back: HashSet<Id>,
+}
+
+/// An attempt whose engine has not ended yet.
+struct Running {
+    handle: AbortHandle,
+    model: String,
+    /// Empty when any will do.
+    version: String,
+}
+
+impl Running {
+    fn is(&self, pick: &impl Fn(&str, Option<&str>) -> bool) -> bool {
+        pick(&self.model, Some(self.version.as_str()).filter(|version| !version.is_empty()))
+    }
+}
+
+/// An attempt whose engine has ended.
+pub struct Ended {
+    /// The attempt.
+    pub key: Key,
+    /// Whether a slot became free that no Finish tells of.
+    pub freed: bool,
 }
 
 impl Slots {
@@ -69,6 +91,7 @@ impl Slots {
     /// Starts an attempt. `token` is its credential for unary calls.
     pub fn start(&mut self, work: Work, token: String) {
         let key = (work.task, work.attempt);
+        let (model, version) = (work.model.clone(), work.model_version.clone());
         let emitter = self.outbox.begin(key, token, self.clock.clone());
         let (outbox, clock) = (self.outbox.clone(), self.clock.clone());
         let execution = self.engine.run(work, emitter);
@@ -81,7 +104,7 @@ impl Slots {
             None => self.running.spawn(attempt),
         };
         self.keys.insert(handle.id(), key);
-        self.handles.insert(key, handle);
+        self.handles.insert(key, Running { handle, model, version });
     }
 
     /// Ends an attempt that cannot be started, with a failure.
@@ -91,20 +114,27 @@ impl Slots {
         self.outbox.finish(key, finish(Err(failure)), self.clock.mono());
     }
 
-    /// Stops an attempt and forgets it; nothing more is sent for it.
-    pub fn stop(&mut self, key: Key, grace: Duration) {
+    /// Stops an attempt and forgets it; nothing more is sent for it. Returns whether its engine
+    /// may go on for a moment: [`ended`](Self::ended) tells when it has ended.
+    pub fn stop(&mut self, key: Key, grace: Duration) -> bool {
         let was_running = self.outbox.forget(key);
-        if let Some(handle) = self.handles.get(&key)
-            && was_running
-        {
+        let Some(Running { handle, .. }) = self.handles.get(&key) else { return false };
+        if was_running {
             self.stopping.insert(handle.id(), (self.clock.mono(), grace));
             handle.abort();
         }
+        true
     }
 
-    /// Stops all attempts and hands them back.
-    pub fn hand_back(&mut self, reason: &str) {
-        for (key, handle) in &self.handles {
+    /// Attempts that `pick` picks by model and version, whose engines have not ended.
+    pub fn count(&self, pick: impl Fn(&str, Option<&str>) -> bool) -> usize {
+        self.handles.values().filter(|running| running.is(&pick)).count()
+    }
+
+    /// Stops the attempts that `pick` picks by model and version, and hands them back.
+    pub fn hand_back(&mut self, reason: &str, pick: impl Fn(&str, Option<&str>) -> bool) {
+        for (key, running) in self.handles.iter().filter(|(_, running)| running.is(&pick)) {
+            let handle = &running.handle;
             let outcome = Outcome::HandBack(pb::HandBack { reason: reason.into() });
             let finish = pb::Finish { outcome: Some(outcome), usage: None };
             self.outbox.finish(*key, finish, self.clock.mono());
@@ -113,18 +143,25 @@ impl Slots {
         }
     }
 
-    /// Waits for an attempt to end or stop; pending while there is none. Returns whether a
-    /// slot became free that no Finish tells of.
-    pub async fn ended(&mut self) -> bool {
-        let Some(joined) = self.running.join_next_with_id().await else {
-            return std::future::pending().await;
-        };
+    /// Waits for an attempt to end or stop; pending while there is none.
+    pub async fn ended(&mut self) -> Ended {
+        loop {
+            let Some(joined) = self.running.join_next_with_id().await else {
+                return std::future::pending().await;
+            };
+            if let Some(ended) = self.take(joined) {
+                return ended;
+            }
+        }
+    }
+
+    fn take(&mut self, joined: Result<(Id, ()), JoinError>) -> Option<Ended> {
         let (id, error) = match joined {
             Ok((id, ())) => (id, None),
             Err(error) => (error.id(), Some(error)),
         };
-        let Some(key) = self.keys.remove(&id) else { return false };
-        if self.handles.get(&key).is_some_and(|handle| handle.id() == id) {
+        let key = self.keys.remove(&id)?;
+        if self.handles.get(&key).is_some_and(|running| running.handle.id() == id) {
             self.handles.remove(&key);
         }
         let handed_back = self.handed_back.remove(&id);
@@ -136,7 +173,7 @@ impl Slots {
                     "the engine did not stop within the grace");
             }
             self.outbox.free();
-            return true;
+            return Some(Ended { key, freed: true });
         }
         if let Some(error) = error
             && !handed_back
@@ -145,7 +182,7 @@ impl Slots {
             let failure = Failure::new(Reason::EngineError, true, "the engine panicked");
             self.outbox.finish(key, finish(Err(failure)), self.clock.mono());
         }
-        false
+        Some(Ended { key, freed: false })
     }
 }
 

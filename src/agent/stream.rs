@@ -67,11 +67,12 @@ impl Agent {
 
     /// Opens `Connect` and waits for Welcome.
     fn open_control(
-        &self,
+        &mut self,
         channel: tonic::transport::Channel,
     ) -> impl Future<Output = Result<(pb::Welcome, Streaming<pb::ConnectResponse>), Status>> + use<>
     {
-        let request = self.credential.request(self.mailbox.open(self.hello()));
+        let hello = self.hello();
+        let request = self.credential.request(self.mailbox.open(hello));
         let clock = self.clock.clone();
         let open = async move {
             let mut control = connection::client(channel).connect(request).await?.into_inner();
@@ -100,15 +101,13 @@ impl Agent {
         let mut beat_at = heard_at + self.session.heartbeat_interval;
         let mut bye_until = None;
         loop {
+            self.commands_go_on();
             if self.leaving.stopped {
                 return End::Left;
             }
-            if self.is_drained() && bye_until.is_none() {
-                self.answer_drained();
-                if self.leaving.exit {
-                    self.mailbox.push(ToServer::Bye(pb::Bye { reason: "drained".into() }));
-                    bye_until = Some(self.clock.mono() + BYE_TIMEOUT);
-                }
+            if self.leaving.exit && self.is_drained() && bye_until.is_none() {
+                self.mailbox.push(ToServer::Bye(pb::Bye { reason: "drained".into() }));
+                bye_until = Some(self.clock.mono() + BYE_TIMEOUT);
             }
             if bye_until.is_some() && self.mailbox.is_settled() {
                 return End::Left;
@@ -166,7 +165,8 @@ impl Agent {
     }
 }
 
-async fn sleep_until(clock: &crate::clock::Clock, at: Option<Mono>) {
+/// Sleeps until then; for ever when there is no such time.
+pub(super) async fn sleep_until(clock: &crate::clock::Clock, at: Option<Mono>) {
     match at {
         Some(at) => clock.sleep_until(at).await,
         None => std::future::pending().await,

@@ -134,6 +134,41 @@ impl RunnerService for Service {
     ) -> Result<Response<()>, Status> {
         Err(Status::unimplemented("not scripted"))
     }
+
+    async fn pause_runner(
+        &self,
+        _: Request<pb::PauseRunnerRequest>,
+    ) -> Result<Response<pb::Runner>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn resume_runner(
+        &self,
+        _: Request<pb::ResumeRunnerRequest>,
+    ) -> Result<Response<pb::Runner>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn apply_model(
+        &self,
+        _: Request<pb::ApplyModelRequest>,
+    ) -> Result<Response<pb::Runner>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn reload_runner(
+        &self,
+        _: Request<pb::ReloadRunnerRequest>,
+    ) -> Result<Response<pb::Runner>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn tune_runner(
+        &self,
+        _: Request<pb::TuneRunnerRequest>,
+    ) -> Result<Response<pb::Runner>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
 }
 
 /// A scripted server and one runner.

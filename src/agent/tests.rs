@@ -60,7 +60,7 @@ impl Engine for Panicking {
 
 #[tokio::test]
 async fn an_attempt_runs_and_its_finish_carries_credits() {
-    let mut rig = Rig::start(Echo, |config| {
+    let mut rig = Rig::start(Echo::default(), |config| {
         config.labels = [("gpu".to_owned(), "none".to_owned())].into();
     })
     .await;
@@ -95,7 +95,7 @@ async fn an_attempt_runs_and_its_finish_carries_credits() {
 
 #[tokio::test]
 async fn an_output_stream_that_broke_is_opened_again_and_resends_what_is_not_acknowledged() {
-    let mut rig = Rig::start(Echo, |_| {}).await;
+    let mut rig = Rig::start(Echo::default(), |_| {}).await;
     let (mut control, mut output) = rig.session().await;
     control.send(assign(task(1), "a b c d", &json!({}))).await;
     let first = output.read(|received| received.finish.is_some()).await;
@@ -164,7 +164,7 @@ async fn a_session_goes_on_after_control_broke() {
 
 #[tokio::test]
 async fn a_new_session_starts_both_sequences_at_one() {
-    let mut rig = Rig::start(Echo, |_| {}).await;
+    let mut rig = Rig::start(Echo::default(), |_| {}).await;
     let (mut control, mut output) = rig.session().await;
     control.send(assign(task(1), "a", &json!({}))).await;
     output.read(|received| received.finish.is_some()).await;
@@ -228,7 +228,7 @@ async fn a_lost_lease_stops_the_work_and_missing_events_are_sent_again() {
 
 #[tokio::test]
 async fn an_engine_waits_while_its_buffer_is_full() {
-    let mut rig = Rig::start(Echo, |_| {}).await;
+    let mut rig = Rig::start(Echo::default(), |_| {}).await;
     let mut control = rig.control().await;
     control.welcome(pb::Welcome { max_unacked_bytes: 100, ..welcome("s1", false) }).await;
     let mut output = rig.output().await;
@@ -287,7 +287,7 @@ async fn a_panic_fails_its_attempt_alone() {
 
 #[tokio::test]
 async fn input_that_is_no_object_fails_the_attempt() {
-    let mut rig = Rig::start(Echo, |_| {}).await;
+    let mut rig = Rig::start(Echo::default(), |_| {}).await;
     let (mut control, mut output) = rig.session().await;
     control
         .send(ToRunner::Assign(pb::Assign {
@@ -304,7 +304,7 @@ async fn input_that_is_no_object_fails_the_attempt() {
 
 #[tokio::test]
 async fn a_planned_reconnect_goes_on_with_the_session() {
-    let mut rig = Rig::start(Echo, |_| {}).await;
+    let mut rig = Rig::start(Echo::default(), |_| {}).await;
     let (mut control, _output) = rig.session().await;
     control.send(ToRunner::Reconnect(pb::Reconnect::default())).await;
     let again = rig.control().await;
@@ -313,7 +313,7 @@ async fn a_planned_reconnect_goes_on_with_the_session() {
 
 #[tokio::test]
 async fn a_final_refusal_ends_the_runner_with_an_error() {
-    let mut rig = Rig::start(Echo, |_| {}).await;
+    let mut rig = Rig::start(Echo::default(), |_| {}).await;
     drop(rig.control().await);
     *rig.refusal.lock() = Some(Status::unauthenticated("the key is revoked"));
     let error = rig.ended().await.unwrap_err();
@@ -322,7 +322,7 @@ async fn a_final_refusal_ends_the_runner_with_an_error() {
 
 #[tokio::test]
 async fn polling_runs_attempts_with_their_tokens() {
-    let mut rig = Rig::start(Echo, |config| {
+    let mut rig = Rig::start(Echo::default(), |config| {
         config.mode = Mode::Poll;
         config.api_key = Some("runner-key".into());
     })
@@ -332,7 +332,8 @@ async fn polling_runs_attempts_with_their_tokens() {
 
 #[tokio::test]
 async fn auto_falls_back_to_polling_when_streams_keep_breaking() {
-    let mut rig = Rig::start(Echo, |config| config.api_key = Some("runner-key".into())).await;
+    let mut rig =
+        Rig::start(Echo::default(), |config| config.api_key = Some("runner-key".into())).await;
     for _ in 0..3 {
         let control = rig.control().await;
         control.answers.send(Err(Status::unavailable("a proxy cut it"))).await.unwrap();

@@ -128,7 +128,7 @@ impl App {
             queue.clone(),
             relay.clone(),
             supervisor.clone(),
-            ports(&ledger, &db, &keyring),
+            ports(&ledger, &db, &keyring, &metrics),
         );
         queues::load(&db, &queue).await?;
         registry.adopt(tasks::recovery::running(&parts).await?);
@@ -296,7 +296,7 @@ async fn recover(parts: &ledger::Parts, registry: &Registry) -> Result<(), Error
 }
 
 /// What runners need of the ledger and of keys, which they must not import.
-fn ports(ledger: &ledger::Ledger, db: &Db, keyring: &Keyring) -> runners::Ports {
+fn ports(ledger: &ledger::Ledger, db: &Db, keyring: &Keyring, metrics: &Metrics) -> runners::Ports {
     let (ledger, db, signer) = (ledger.clone(), db.clone(), keyring.signer().clone());
     runners::Ports {
         apply: Arc::new(move |id, event| {
@@ -316,6 +316,7 @@ fn ports(ledger: &ledger::Ledger, db: &Db, keyring: &Keyring) -> runners::Ports 
             let ttl = task.spec.execution_timeout + TOKEN_MARGIN;
             signer.attempt_token(&task.namespace, task.id, task.attempt, ttl)
         }),
+        metrics: metrics.clone(),
     }
 }
 

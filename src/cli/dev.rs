@@ -170,7 +170,7 @@ fn start_runners(
     shutdown: &Shutdown,
     entropy: &Entropy,
 ) {
-    let ngram = engine::Settings::Ngram(ngram::Settings { corpus: None, tokens_per_second: None });
+    let ngram = engine::Settings::Ngram(ngram::Settings::default());
     for (name, settings, model) in
         [("dev-ngram", ngram, NGRAM), ("dev-echo", engine::Settings::Echo, ECHO)]
     {

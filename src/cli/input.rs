@@ -85,12 +85,12 @@ impl SpecArgs {
                 .hint("see which models runners serve: baton runner list"));
         }
         check_model(&spec.model)?;
-        merge(&mut spec.input, inputs(&self.input, &mut stdin)?);
+        merge(&mut spec.input, inputs("-i", &self.input, &mut stdin)?);
         let mut params = match &self.params {
             Some(text) => object("--params", text)?,
             None => Map::new(),
         };
-        params.extend(parameters(&self.param)?);
+        params.extend(parameters("-p", &self.param)?);
         merge(&mut spec.params, params);
         spec.labels.extend(pairs("--label", &self.label)?);
         spec.required_labels.extend(pairs("--require-label", &self.require_label)?);
@@ -178,15 +178,15 @@ fn split<'a>(flag: &str, pair: &'a str) -> Outcome<(&'a str, &'a str)> {
     }
 }
 
-fn inputs(pairs: &[String], stdin: &mut Stdin) -> Outcome<Map<String, Value>> {
+fn inputs(flag: &str, pairs: &[String], stdin: &mut Stdin) -> Outcome<Map<String, Value>> {
     let mut input = Map::new();
     for pair in pairs {
-        let (key, value) = split("-i", pair)?;
-        let reader = format!("-i {key}");
+        let (key, value) = split(flag, pair)?;
+        let reader = format!("{flag} {key}");
         let (key, value) = if let Some(key) = key.strip_suffix(':') {
             let value = serde_json::from_str(value).map_err(|error| {
-                Failure::usage(format!("-i `{pair}`: `{value}` is not JSON: {error}"))
-                    .hint(format!("give it as text: -i {key}={value}"))
+                Failure::usage(format!("{flag} `{pair}`: `{value}` is not JSON: {error}"))
+                    .hint(format!("give it as text: {flag} {key}={value}"))
             })?;
             (key, value)
         } else if value == "-" {
@@ -203,11 +203,12 @@ fn inputs(pairs: &[String], stdin: &mut Stdin) -> Outcome<Map<String, Value>> {
     Ok(input)
 }
 
-fn parameters(pairs: &[String]) -> Outcome<Map<String, Value>> {
+/// Parameters of a flag: numbers, true, false and JSON are read as such.
+pub fn parameters(flag: &str, pairs: &[String]) -> Outcome<Map<String, Value>> {
     pairs
         .iter()
         .map(|pair| {
-            let (key, value) = split("-p", pair)?;
+            let (key, value) = split(flag, pair)?;
             let parsed = serde_json::from_str(value);
             let value = parsed.unwrap_or_else(|_| Value::String(value.to_owned()));
             Ok((key.trim_end_matches(':').to_owned(), value))
@@ -226,6 +227,11 @@ fn object(flag: &str, source: &str) -> Outcome<Map<String, Value>> {
         Err(error) => Err(Failure::usage(format!("{flag} is not JSON: {error}"))
             .hint(format!("for example: {flag} '{{\"max_tokens\": 64}}'"))),
     }
+}
+
+/// Options of a flag, as `-i` reads them.
+pub fn options(flag: &str, pairs: &[String]) -> Outcome<Struct> {
+    Ok(structs::struct_from_map(inputs(flag, pairs, &mut Stdin::default())?))
 }
 
 /// Key-value pairs of a flag.

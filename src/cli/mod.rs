@@ -14,6 +14,7 @@ mod output;
 mod port;
 pub mod reference;
 mod runner;
+mod runners;
 mod server;
 mod signals;
 mod storage;
@@ -96,7 +97,7 @@ enum Command {
     /// Look at dead letters, retry or discard them
     #[command(subcommand)]
     Failures(operate::FailuresCommand),
-    /// Start a runner; look at runners and drain them
+    /// Start a runner; look at runners, drain, pause and change them
     #[command(subcommand)]
     Runner(runner::RunnerCommand),
     /// Start a server, or print its configuration

@@ -1,6 +1,4 @@
-//! `queue`, `failures`, `runner list|get|drain`: what operators look at and change.
-
-use std::{fmt::Write as _, time::Duration};
+//! `queue`, `failures`: what operators look at and change.
 
 use clap::{Args, Subcommand};
 
@@ -11,7 +9,7 @@ use super::{
     output::fields,
     tasks, text,
 };
-use crate::{client::Client, config::units, pb};
+use crate::{client::Client, pb};
 
 /// Commands of `queue`.
 #[derive(Subcommand, Clone, Debug)]
@@ -258,140 +256,4 @@ async fn dead(
         ..Default::default()
     };
     tasks::pages(client, request, limit).await
-}
-
-/// Lists runners.
-pub async fn runner_list(context: &Context) -> Outcome {
-    let client = context.client().await?;
-    let mut all = Vec::new();
-    let mut request = pb::ListRunnersRequest { page_size: 1_000, ..Default::default() };
-    loop {
-        let page = client
-            .repeat(|| {
-                let (mut runners, request) = (client.runners(), request.clone());
-                async move { runners.list_runners(request).await }
-            })
-            .await
-            .map_err(|error| Failure::of_call("list runners", &error))?;
-        all.extend(page.runners);
-        if page.next_page_token.is_empty() {
-            break;
-        }
-        request.page_token = page.next_page_token;
-    }
-    let headers = ["runner", "state", "engine", "models", "slots", "free", "running", "heard"];
-    context.output.list(("Runner", "runners"), &all, &headers, |runner| {
-        vec![
-            runner.runner_id.clone(),
-            runner_state(runner).into(),
-            runner.engine.clone(),
-            runner.models.join(","),
-            runner.slots.to_string(),
-            runner.free_slots.to_string(),
-            runner.attempts.len().to_string(),
-            text::age(runner.last_heartbeat_time, &context.clock),
-        ]
-    })?;
-    if all.is_empty() {
-        context.output.next("start one", "baton runner start --engine ngram");
-    }
-    Ok(Exit::Ok)
-}
-
-fn runner_state(runner: &pb::Runner) -> &'static str {
-    runner.state().as_str_name().trim_start_matches("STATE_")
-}
-
-/// Shows a runner.
-pub async fn runner_get(context: &Context, id: &str) -> Outcome {
-    let client = context.client().await?;
-    let request = pb::GetRunnerRequest { runner_id: id.to_owned() };
-    let runner = client
-        .repeat(|| {
-            let (mut runners, request) = (client.runners(), request.clone());
-            async move { runners.get_runner(request).await }
-        })
-        .await
-        .map_err(|error| runner_failure("find", id, &error))?;
-    context.output.message("Runner", &runner, |runner| {
-        let node = runner.node.clone().unwrap_or_default();
-        let gpus: Vec<String> = node
-            .gpus
-            .iter()
-            .map(|gpu| format!("{} ({} GiB)", gpu.name, gpu.memory_bytes >> 30))
-            .collect();
-        let mut lines = fields(&[
-            ("runner", runner.runner_id.clone()),
-            ("state", runner_state(runner).into()),
-            ("engine", format!("{} {}", runner.engine, runner.engine_version)),
-            ("models", runner.models.join(", ")),
-            ("labels", text::labels(&runner.labels)),
-            ("pools", runner.pools.join(", ")),
-            ("slots", format!("{}, {} free", runner.slots, runner.free_slots)),
-            (
-                "node",
-                format!("{}, {} CPUs, {} GiB", node.node_id, node.cpus, node.memory_bytes >> 30),
-            ),
-            ("gpus", if gpus.is_empty() { "none".into() } else { gpus.join(", ") }),
-            ("agent", runner.agent_version.clone()),
-            ("connected", text::time(runner.connect_time)),
-            ("heard", format!("{} ago", text::age(runner.last_heartbeat_time, &context.clock))),
-            ("reconnects", runner.reconnects.to_string()),
-        ]);
-        for attempt in &runner.attempts {
-            let age = text::age(attempt.start_time, &context.clock);
-            let _ =
-                writeln!(lines, "  task {} attempt {} for {age}", attempt.task_id, attempt.attempt);
-        }
-        lines
-    })?;
-    Ok(Exit::Ok)
-}
-
-fn runner_failure(verb: &str, id: &str, error: &tonic::Status) -> Failure {
-    let failure = Failure::of_call(&format!("{verb} runner {id}"), error);
-    if failure.exit == Exit::NotFound {
-        return failure.hint("see the connected ones: baton runner list");
-    }
-    failure
-}
-
-/// Arguments of `runner drain`.
-#[derive(Args, Clone, Debug)]
-pub struct DrainArgs {
-    /// Runner
-    runner: String,
-    /// Attempts still held by then are handed back
-    #[arg(long, value_parser = units::parse_duration, default_value = "5m")]
-    deadline: Duration,
-    /// Hand back at once instead of finishing
-    #[arg(long)]
-    hand_back: bool,
-    /// Ask the runner to exit when done
-    #[arg(long)]
-    exit: bool,
-}
-
-/// Drains a runner.
-pub async fn runner_drain(context: &Context, args: &DrainArgs) -> Outcome {
-    let client = context.client().await?;
-    let request = pb::DrainRunnerRequest {
-        runner_id: args.runner.clone(),
-        deadline: Some(text::duration_to_proto(args.deadline)),
-        hand_back: args.hand_back,
-        exit: args.exit,
-    };
-    client
-        .repeat(|| {
-            let (mut runners, request) = (client.runners(), request.clone());
-            async move { runners.drain_runner(request).await }
-        })
-        .await
-        .map_err(|error| runner_failure("drain", &args.runner, &error))?;
-    if !context.output.is_text() {
-        context.output.value(&serde_json::json!({}))?;
-    }
-    context.output.note(format!("runner {} takes no more work", args.runner));
-    context.output.next("watch it", format_args!("baton runner get {}", args.runner));
-    Ok(Exit::Ok)
 }

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::{
     Context,
     exit::{Exit, Failure, Outcome},
-    input, operate,
+    input, runners,
     signals::Interrupts,
 };
 use crate::{
@@ -34,7 +34,23 @@ pub enum RunnerCommand {
         runner: String,
     },
     /// Ask a runner to take no more work
-    Drain(operate::DrainArgs),
+    Drain(runners::DrainArgs),
+    /// Ask a runner to take no work for now; what it has goes on
+    Pause {
+        /// Runner
+        runner: String,
+    },
+    /// Ask a paused or drained runner to take work again
+    Resume {
+        /// Runner
+        runner: String,
+    },
+    /// Load a model on a runner, or unload it
+    Apply(runners::ApplyArgs),
+    /// Load anew what a runner has loaded
+    Reload(runners::ReloadArgs),
+    /// Set parameters of a runner's engine
+    Tune(runners::TuneArgs),
 }
 
 /// Which engine executes tasks.
@@ -68,6 +84,9 @@ pub struct StartArgs {
     /// Model that it serves, owner/name, owner/name@version or *; may be given several times
     #[arg(long, env = "BATON_RUNNER_MODELS", value_delimiter = ',')]
     model: Vec<String>,
+    /// Serve no model until `runner apply` loads one
+    #[arg(long, conflicts_with = "model")]
+    no_model: bool,
     /// Most tasks at once
     #[arg(long, default_value_t = 1, env = "BATON_RUNNER_SLOTS", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     slots: u32,
@@ -101,6 +120,9 @@ pub struct StartArgs {
     /// ngram: text to train on; a public-domain text is built in
     #[arg(long, value_name = "FILE", help_heading = "Engine ngram")]
     corpus: Option<PathBuf>,
+    /// ngram: directory whose files `runner apply -i path=…` may train on; none when absent
+    #[arg(long, value_name = "DIR", help_heading = "Engine ngram")]
+    corpus_dir: Option<PathBuf>,
     /// ngram: pace; as fast as possible when absent
     #[arg(long, value_name = "N", help_heading = "Engine ngram")]
     tokens_per_second: Option<f64>,
@@ -110,9 +132,14 @@ pub struct StartArgs {
 pub async fn run(context: &Context, command: &RunnerCommand) -> Outcome {
     match command {
         RunnerCommand::Start(args) => start(context, args).await,
-        RunnerCommand::List => operate::runner_list(context).await,
-        RunnerCommand::Get { runner } => operate::runner_get(context, runner).await,
-        RunnerCommand::Drain(args) => operate::runner_drain(context, args).await,
+        RunnerCommand::List => runners::list(context).await,
+        RunnerCommand::Get { runner } => runners::get(context, runner).await,
+        RunnerCommand::Drain(args) => runners::drain(context, args).await,
+        RunnerCommand::Pause { runner } => runners::pause(context, runner).await,
+        RunnerCommand::Resume { runner } => runners::resume(context, runner).await,
+        RunnerCommand::Apply(args) => runners::apply(context, args).await,
+        RunnerCommand::Reload(args) => runners::reload(context, args).await,
+        RunnerCommand::Tune(args) => runners::tune(context, args).await,
     }
 }
 
@@ -128,11 +155,13 @@ impl StartArgs {
         foreign("--upstream-model", self.upstream_model.is_some(), EngineName::Openai)?;
         foreign("--upstream-key-file", self.upstream_key_file.is_some(), EngineName::Openai)?;
         foreign("--corpus", self.corpus.is_some(), EngineName::Ngram)?;
+        foreign("--corpus-dir", self.corpus_dir.is_some(), EngineName::Ngram)?;
         foreign("--tokens-per-second", self.tokens_per_second.is_some(), EngineName::Ngram)?;
         Ok(match self.engine {
             EngineName::Echo => engine::Settings::Echo,
             EngineName::Ngram => engine::Settings::Ngram(ngram::Settings {
                 corpus: self.corpus.clone(),
+                corpora: self.corpus_dir.clone(),
                 tokens_per_second: self.tokens_per_second,
             }),
             EngineName::Openai => {
@@ -164,7 +193,9 @@ async fn start(context: &Context, args: &StartArgs) -> Outcome {
     }
     config.labels = input::pairs("--label", &args.label)?;
     config.pools.clone_from(&args.pool);
-    if !args.model.is_empty() {
+    if args.no_model {
+        config.models.clear();
+    } else if !args.model.is_empty() {
         config.models.clone_from(&args.model);
     }
     config.slots = args.slots;

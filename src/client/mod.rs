@@ -254,6 +254,13 @@ impl Client {
         self.in_time(attempts).await
     }
 
+    /// A request that tells the server how long the call may take, for one that waits there.
+    pub fn timed<T>(&self, body: T) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(body);
+        request.set_timeout(self.timeout);
+        request
+    }
+
     /// Makes a unary call once, within the time of a call.
     pub async fn once<T>(
         &self,

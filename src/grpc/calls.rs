@@ -13,7 +13,7 @@ use super::{
     auth,
     body::{Arriving, Ending, Guarded, Permit, Record, normalise, read_code, stopping},
     methods::{Access, METHODS, Method},
-    protocol::{check_binary_metadata, not_grpc, timeout},
+    protocol::{CallTimeout, check_binary_metadata, not_grpc, timeout},
     work::{Failed, Reply, Work, answer},
 };
 use crate::{
@@ -208,6 +208,9 @@ impl Calls {
         let expires_in = access.expire_time.map(|time| time.since(inner.keyring.clock().now()));
         let revoked = access.ended.clone();
         parts.extensions.insert(access.principal);
+        if let Some(timeout) = timeout {
+            parts.extensions.insert(CallTimeout(timeout));
+        }
 
         let work = Work {
             future: Some(handler.call(Request::from_parts(parts, body))),

@@ -91,7 +91,11 @@ fn access(service: &str, method: &str) -> Option<Access> {
         | ("baton.v1.RunnerService", "ListRunners" | "GetRunner")
         | ("baton.v1.KeyService", "IssueToken") => Access::Scope(TasksRead),
         ("baton.v1.QueueService", "PauseQueue" | "ResumeQueue")
-        | ("baton.v1.RunnerService", "DrainRunner")
+        | (
+            "baton.v1.RunnerService",
+            "DrainRunner" | "PauseRunner" | "ResumeRunner" | "ApplyModel" | "ReloadRunner"
+            | "TuneRunner",
+        )
         | ("baton.v1.KeyService", "CreateKey" | "ListKeys" | "RevokeKey") => Access::Scope(Admin),
         ("baton.v1.RunnerService", "Connect" | "Output" | "Poll") => Access::Scope(Runner),
         ("baton.v1.RunnerService", "ReportTaskEvents") => Access::ScopeOrAttemptToken(Runner),

@@ -6,7 +6,7 @@ pub mod calls;
 pub mod health;
 pub mod layers;
 pub mod methods;
-mod protocol;
+pub mod protocol;
 pub mod serve;
 pub mod status;
 #[cfg(test)]

@@ -67,6 +67,10 @@ pub(super) fn check_binary_metadata(headers: &HeaderMap) -> Result<(), Error> {
     Ok(())
 }
 
+/// How long a call may last, for handlers that wait for something.
+#[derive(Clone, Copy, Debug)]
+pub struct CallTimeout(pub Duration);
+
 /// The client's deadline, as time from now.
 pub(super) fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
     let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };

@@ -48,8 +48,9 @@ impl Registry {
                     self.spawn_end(state, fence, End::HandBack(reason));
                 }
             }
-            Said::Heartbeat { digest } => {
+            Said::Heartbeat { digest, load, gpus } => {
                 session.hear(now, mono);
+                session.measured(load, gpus);
                 let expected = expected_digest(state, key);
                 let session = present(state, key)?;
                 if session.suspects(HeldDigest(digest), expected) {
@@ -61,17 +62,20 @@ impl Registry {
                     self.publish_credits(session);
                 }
             }
-            Said::CommandAccepted(command) => {
-                tracing::info!(runner.id = %session.profile.runner, command, "command accepted");
+            Said::CommandAccepted(command) => session.commands.accepted(&command),
+            Said::CommandProgress(command, progress) => {
+                session.commands.progressed(&command, progress);
             }
-            Said::CommandDone(command, error) => {
-                tracing::info!(
-                    runner.id = %session.profile.runner,
-                    command,
-                    error,
-                    "command done"
-                );
+            Said::CommandDone(command, refusal) => {
+                self.command_done(session, &command, refusal);
             }
+            Said::Offer(offer) => {
+                if session.offer(offer) {
+                    self.queue().runner_up(session.supply());
+                }
+                self.publish_credits(session);
+            }
+            Said::Stopped(fence, took) => self.stopped(session, fence, took),
             Said::Inventory(inventory) => {
                 let as_of_seq = session.inventory_came();
                 let verdicts = self.judge(state, key, &inventory, as_of_seq);

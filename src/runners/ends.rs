@@ -8,14 +8,14 @@ use futures_util::future::join_all;
 use super::{
     Registry,
     leases::Ending,
-    model::{Fence, ToRunner, Trouble},
+    model::{Fence, Trouble},
     protocol::Backoff,
     registry::State,
     session::{Attached, Session, superseded, taken_over},
 };
 use crate::{
     clock::Mono,
-    error::{Error, Kind, Reason, Result, reason_name},
+    error::{Error, Kind, Reason, Result},
     faults::{self, Fault},
     queue::{Revocation, SupplyKey},
     tasks::{
@@ -167,35 +167,35 @@ impl Registry {
             End::Finish(..) => session.output.trouble(fence, Trouble::LeaseLost),
             End::Invalid(what) => {
                 session.output.trouble(fence, Trouble::Invalid(what.clone()));
-                session.say(self.cancel(fence, Reason::InvalidParams, what.clone()));
+                self.cancel(session, fence, Reason::InvalidParams, what.clone());
             }
             // It gave the attempt up itself, or never had it.
             End::HandBack(_) => {}
             End::Lose(why) => {
-                session.say(self.cancel(fence, Reason::LeaseLost, why.clone()));
+                self.cancel(session, fence, Reason::LeaseLost, why.clone());
             }
             End::TimeOut => {
                 let why = "the attempt ran longer than its execution timeout";
-                session.say(self.cancel(fence, Reason::ExecutionTimeout, why.into()));
+                self.cancel(session, fence, Reason::ExecutionTimeout, why.into());
             }
         }
         session.output.bell.notify_one();
     }
 
-    fn cancel(&self, fence: Fence, reason: Reason, detail: String) -> ToRunner {
-        let grace = self.limits().cancel_grace;
-        ToRunner::Cancel { fence, reason: reason_name(reason), detail, grace }
-    }
-
     /// Ends a session for good; its attempts are lost, or handed back when it left in peace.
     pub(super) fn drop_session(&self, state: &mut State, key: SupplyKey, left: Left<'_>) {
-        let Some(session) = state.sessions.remove(&key) else { return };
+        let Some(mut session) = state.sessions.remove(&key) else { return };
         state.by_id.remove(&session.id);
         let name = (session.namespace.clone(), session.profile.runner.clone());
         if state.by_runner.get(&name) == Some(&key) {
             state.by_runner.remove(&name);
         }
         self.queue().runner_down(key);
+        session.commands.give_up(match left {
+            Left::InPeace(why) | Left::Lost(why) => why,
+            Left::Replaced => "its runner began a new session",
+            Left::TakenOver => "another process took over the runner's name",
+        });
         for link in session.attached.link().into_iter().chain(&session.output.link) {
             link.end(match left {
                 Left::InPeace(_) => None,
@@ -300,6 +300,7 @@ impl Registry {
                 self.publish_credits(session);
             }
             let acked_seq = session.outbox.acked_seq();
+            self.sweep_cancels(session, acked_seq, mono);
             for task in &session.held {
                 let Some(lease) = state.leases.of_task(*task) else { continue };
                 if silent && lease.ending.is_none() && lease.retry_at <= mono {

@@ -8,14 +8,14 @@ use super::{
     ends::{End, Left},
     leases::Ending,
     model::{Fence, Held, Hello, Verdict, Welcome},
-    protocol::negotiate,
+    protocol::{feature, negotiate},
     registry::State,
     session::{Attached, Session, taken_over},
 };
 use crate::{
     error::Result,
     id::{Namespace, TaskId},
-    queue::{ModelPattern, RunnerSupply, SupplyKey},
+    queue::SupplyKey,
 };
 
 impl Registry {
@@ -54,12 +54,18 @@ impl Registry {
         session.hear(now, mono);
         session.outbox.ack(if resumed { hello.ack } else { 0 });
         session.n_reconnects += u32::from(resumed);
+        let changed = session.profile.models != hello.profile.models;
         session.profile = Arc::new(hello.profile);
+        session.leave = hello.leave;
         session.attach(attached);
         if let Some(credits) = hello.credits {
             session.announce(credits);
         }
+        if changed {
+            self.queue().runner_up(session.supply());
+        }
         let (id, last_seq) = (session.id.clone(), session.inbox.last());
+        let features = used(&session.profile.features);
         let acked_seq = session.outbox.acked_seq();
 
         let verdicts = self.judge(state, key, &hello.inventory, acked_seq);
@@ -74,7 +80,7 @@ impl Registry {
                 "runner connected"
             );
         }
-        Ok((key, Welcome { version, session: id, resumed, verdicts, last_seq }))
+        Ok((key, Welcome { version, session: id, resumed, verdicts, last_seq, features }))
     }
 
     /// Fails when a process comes back whose name another one took over meanwhile: of two, the
@@ -109,15 +115,8 @@ impl Registry {
         let id: Arc<str> =
             format!("{:016x}{:016x}", self.entropy().u64(), self.entropy().u64()).into();
         let profile = hello.profile.clone();
-        self.queue().runner_up(RunnerSupply {
-            key,
-            namespace: namespace.clone(),
-            models: profile.models.iter().map(|model| ModelPattern::parse(model)).collect(),
-            labels: profile.labels.clone(),
-            slots: profile.slots,
-            runner: profile.runner.clone(),
-        });
         let session = Session::new(key, id.clone(), namespace.clone(), profile, self.times());
+        self.queue().runner_up(session.supply());
         state.sessions.insert(key, session);
         state.by_id.insert(id, key);
         state.by_runner.insert(name, key);
@@ -209,4 +208,9 @@ impl Registry {
         leases.set_holder(held.fence.task, Some(key), until);
         Some(durable + 1)
     }
+}
+
+/// Features of a runner that this server uses.
+fn used(features: &[String]) -> Vec<String> {
+    features.iter().filter(|name| feature::ALL.contains(&name.as_str())).cloned().collect()
 }

@@ -16,6 +16,8 @@
 //! of events waits for neither storage nor subscribers; the newest connection of a session is
 //! the only one; nothing here waits while it holds the lock.
 
+mod cancels;
+mod commands;
 mod control;
 pub mod convert;
 mod ends;
@@ -23,6 +25,7 @@ mod events;
 mod hello;
 mod leases;
 pub mod model;
+mod operate;
 mod output;
 pub mod protocol;
 mod registry;

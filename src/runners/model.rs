@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
+use super::commands::{Action, Progress, Refusal};
 use crate::{
     id::{RunnerId, TaskId},
     pb,
@@ -24,7 +25,7 @@ impl fmt::Display for Fence {
     }
 }
 
-/// Who a runner is and what it can do, as its latest Hello says.
+/// Who a runner is and what it can do, as its latest Hello and Offer say.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Profile {
     /// Its name.
@@ -47,6 +48,39 @@ pub struct Profile {
     pub engine_version: String,
     /// Version of the agent.
     pub agent_version: String,
+    /// Features that it understands.
+    pub features: Vec<String>,
+    /// Parameters of its engine that were set by command.
+    pub engine_params: prost_types::Struct,
+}
+
+impl Profile {
+    /// Whether it understands a feature.
+    pub fn understands(&self, feature: &str) -> bool {
+        self.features.iter().any(|known| known == feature)
+    }
+}
+
+/// What a runner offers, in place of what it said before.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Offer {
+    /// Models that it serves, as it wrote them.
+    pub models: Vec<String>,
+    /// Version of the engine.
+    pub engine_version: String,
+    /// Parameters of its engine that were set by command.
+    pub engine_params: prost_types::Struct,
+    /// Whether it takes work.
+    pub leave: Leave,
+}
+
+/// Why a runner takes no work, as it says itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leave {
+    /// It is paused.
+    pub paused: bool,
+    /// It drains.
+    pub draining: bool,
 }
 
 /// The first message of a connection.
@@ -54,6 +88,8 @@ pub struct Profile {
 pub struct Hello {
     /// Who it is.
     pub profile: Profile,
+    /// Whether it takes work.
+    pub leave: Leave,
     /// Session to go on with.
     pub session: Option<String>,
     /// Oldest and newest protocol version spoken.
@@ -108,17 +144,27 @@ pub enum Said {
     Accept(Fence),
     /// It declines one, with the reason.
     Refuse(Fence, String),
-    /// It is alive and holds so many attempts, with this digest.
+    /// It is alive.
     Heartbeat {
         /// Digest of the attempts held.
         digest: u64,
+        /// Load of its host.
+        load: f64,
+        /// Graphics processors and their load.
+        gpus: Vec<pb::Gpu>,
     },
     /// How much more it would take.
     Credits(Announcement),
     /// It works on a command.
     CommandAccepted(String),
-    /// A command ended, with an error's text when it failed.
-    CommandDone(String, Option<String>),
+    /// So much of a command is done.
+    CommandProgress(String, Progress),
+    /// A command ended; why, when it failed.
+    CommandDone(String, Option<Refusal>),
+    /// What it offers now.
+    Offer(Offer),
+    /// Nothing of a cancelled attempt runs any more, so long after it was told.
+    Stopped(Fence, Duration),
     /// All that it holds.
     Inventory(Vec<Held>),
     /// It leaves for good, with the reason.
@@ -146,23 +192,12 @@ pub enum ToRunner {
         /// The work must have stopped after this long.
         grace: Duration,
     },
-    /// Take no more work.
-    Drain {
+    /// Do as an operator asks.
+    Command {
         /// Unique in the session.
-        command: String,
-        /// Attempts still held by then are handed back.
-        deadline: Duration,
-        /// Hand back at once.
-        hand_back: bool,
-        /// Leave when done.
-        exit: bool,
-    },
-    /// Pause or go on.
-    Pause {
-        /// Unique in the session.
-        command: String,
-        /// Which of both.
-        paused: bool,
+        id: String,
+        /// What.
+        action: Action,
     },
     /// Say what is held.
     InventoryRequest,
@@ -192,6 +227,8 @@ pub struct Welcome {
     pub verdicts: Vec<Verdict>,
     /// Highest seq of the runner that was processed.
     pub last_seq: u64,
+    /// Features of the runner that are used.
+    pub features: Vec<String>,
 }
 
 /// Consecutive events of one attempt, and perhaps its end.

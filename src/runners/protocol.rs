@@ -12,6 +12,26 @@ use crate::id::TaskId;
 /// Protocol versions that this build speaks.
 pub const VERSIONS: RangeInclusive<u32> = 1..=1;
 
+/// What one side understands beyond the protocol's first release; the head of `runners.proto`
+/// says what each means.
+pub mod feature {
+    /// Models are loaded and unloaded by command.
+    pub const APPLY: &str = "apply";
+    /// What is loaded is loaded anew by command.
+    pub const RELOAD: &str = "reload";
+    /// Parameters of the engine are set by command.
+    pub const TUNE: &str = "tune";
+    /// What the runner offers is told when it changes.
+    pub const OFFER: &str = "offer";
+    /// Commands tell how far they are.
+    pub const PROGRESS: &str = "progress";
+    /// The end of a cancelled attempt is told.
+    pub const STOPPED: &str = "stopped";
+
+    /// All that this build understands.
+    pub const ALL: [&str; 6] = [APPLY, RELOAD, TUNE, OFFER, PROGRESS, STOPPED];
+}
+
 /// The newest version that both sides speak; `None` when there is none.
 pub fn negotiate(peer_min: u32, peer_max: u32) -> Option<u32> {
     let newest = peer_max.min(*VERSIONS.end());

@@ -13,18 +13,19 @@ use super::{
     RunnerLimits,
     ends::End,
     leases::{Backlog, Lease, Leases},
-    model::{Fence, Profile, ToRunner},
-    session::{Attached, Session},
+    model::{Fence, ToRunner},
+    session::Session,
 };
 use crate::{
     clock::{Clock, Micros, Mono},
-    error::{Error, Result, reason_name},
+    error::Result,
     faults::{self, Fault},
     id::{Entropy, Namespace, RunnerId, TaskId},
-    queue::{Queue, Revocation, SupplyKey, SupplyState},
+    queue::{Queue, Revocation, SupplyKey},
     relay::Relay,
     supervisor::Supervisor,
     tasks::{model::Task, state::Event},
+    telemetry::Metrics,
 };
 
 /// Applies an event to a task, durably.
@@ -43,6 +44,8 @@ pub struct Ports {
     pub get: Get,
     /// Attempt tokens.
     pub token: Token,
+    /// Where cancels are counted.
+    pub metrics: Metrics,
 }
 
 /// What dispatch has to know of a runner to start an attempt there.
@@ -56,27 +59,6 @@ pub struct Supply {
     pub engine: String,
     /// Version of the engine.
     pub engine_version: String,
-}
-
-/// A runner as operators see it.
-#[derive(Clone, Debug)]
-pub struct Seen {
-    /// Who it is.
-    pub profile: Arc<Profile>,
-    /// Whether it is connected.
-    pub connected: bool,
-    /// Whether it shall take work.
-    pub mode: SupplyState,
-    /// Slots that it offers now.
-    pub free_slots: u32,
-    /// When its session began.
-    pub connect_time: Micros,
-    /// Last sign of life.
-    pub heartbeat_time: Micros,
-    /// Attempts that it holds, with their start.
-    pub attempts: Vec<(Fence, Micros)>,
-    /// How often it came back.
-    pub n_reconnects: u32,
 }
 
 /// Sessions and leases; clones share them.
@@ -195,7 +177,7 @@ impl Registry {
         lease.holder = Some(key);
         lease.assign_seq = seq;
         leases.insert(lease);
-        self.queue().assigned(key, session.free(), session.mode);
+        self.queue().assigned(key, session.free(), session.mode());
     }
 
     /// Tells runners about attempts that the store has ended, for ever.
@@ -219,80 +201,8 @@ impl Registry {
             return;
         };
         if let Some(session) = lease.holder.and_then(|key| state.sessions.get_mut(&key)) {
-            session.say(ToRunner::Cancel {
-                fence,
-                reason: reason_name(revocation.reason),
-                detail: revocation.detail,
-                grace: self.limits().cancel_grace,
-            });
+            self.cancel(session, fence, revocation.reason, revocation.detail);
         }
-    }
-
-    /// Runners of a namespace by name, after a name; at most `max`.
-    pub fn list(&self, namespace: &Namespace, after: Option<&str>, max: usize) -> Vec<Seen> {
-        let state = self.lock();
-        let first = (namespace.clone(), RunnerId::from(after.unwrap_or_default()));
-        state
-            .by_runner
-            .range(first..)
-            .take_while(|((owner, _), _)| owner == namespace)
-            .filter(|((_, runner), _)| after.is_none_or(|after| runner.as_str() > after))
-            .filter_map(|(_, key)| state.sessions.get(key))
-            .take(max)
-            .map(|session| seen(&state, session))
-            .collect()
-    }
-
-    /// A runner of a namespace.
-    pub fn get(&self, namespace: &Namespace, runner: &RunnerId) -> Result<Seen> {
-        let state = self.lock();
-        let key = state.by_runner.get(&(namespace.clone(), runner.clone()));
-        key.and_then(|key| state.sessions.get(key))
-            .map(|session| seen(&state, session))
-            .ok_or_else(|| Error::not_found("runner", runner))
-    }
-
-    /// Asks a runner to take no more work and to finish or hand back what it has.
-    pub fn drain(
-        &self,
-        namespace: &Namespace,
-        runner: &RunnerId,
-        deadline: Duration,
-        hand_back: bool,
-        exit: bool,
-    ) -> Result<()> {
-        self.command(namespace, runner, SupplyState::Draining, |command| ToRunner::Drain {
-            command,
-            deadline,
-            hand_back,
-            exit,
-        })
-    }
-
-    /// Asks a runner to take no work for now, or to go on.
-    pub fn pause(&self, namespace: &Namespace, runner: &RunnerId, paused: bool) -> Result<()> {
-        let mode = if paused { SupplyState::Paused } else { SupplyState::Ready };
-        self.command(namespace, runner, mode, |command| ToRunner::Pause { command, paused })
-    }
-
-    fn command(
-        &self,
-        namespace: &Namespace,
-        runner: &RunnerId,
-        mode: SupplyState,
-        message: impl FnOnce(String) -> ToRunner,
-    ) -> Result<()> {
-        let mut state = self.lock();
-        let key = state.by_runner.get(&(namespace.clone(), runner.clone())).copied();
-        let session = key
-            .and_then(|key| state.sessions.get_mut(&key))
-            .ok_or_else(|| Error::not_found("runner", runner))?;
-        session.mode = mode;
-        session.n_commands += 1;
-        let command = format!("c{}", session.n_commands);
-        session.say(message(command));
-        self.publish_credits(session);
-        Ok(())
     }
 
     /// Number of runners with a session, and of leases.
@@ -308,7 +218,7 @@ impl Registry {
 
     /// Tells the queue what a session would take.
     pub(super) fn publish_credits(&self, session: &Session) {
-        self.queue().runner_credits(session.key, session.free(), session.mode);
+        self.queue().runner_credits(session.key, session.free(), session.mode());
     }
 
     fn lease(&self, task: &Task, now: Micros, mono: Mono) -> Lease {
@@ -380,19 +290,5 @@ impl Registry {
 
     pub(super) fn ports(&self) -> &Ports {
         &self.0.ports
-    }
-}
-
-fn seen(state: &State, session: &Session) -> Seen {
-    let leases = session.held.iter().filter_map(|task| state.leases.of_task(*task));
-    Seen {
-        profile: session.profile.clone(),
-        connected: !matches!(session.attached, Attached::No(_)),
-        mode: session.mode,
-        free_slots: session.free(),
-        connect_time: session.connect_time,
-        heartbeat_time: session.heartbeat_time,
-        attempts: leases.map(|lease| (lease.fence, lease.start_time)).collect(),
-        n_reconnects: session.n_reconnects,
     }
 }

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -14,12 +15,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::{Micros, Mono},
-    error::{Error, Kind, Reason, Result},
+    error::{Error, Kind, Reason, Result, reason_name},
     id::{Namespace, RunnerId},
-    queue::{SupplyKey, SupplyState},
+    pb,
+    queue::{ModelPattern, RunnerSupply, SupplyKey, SupplyState},
     runners::{
-        model::{Announcement, Fence, LeaseAck, Profile, ToRunner, Trouble},
-        protocol::{Credits, HeldDigest, Inbox, Outbox},
+        cancels::Cancels,
+        commands::{Action, Commands},
+        model::{Announcement, Fence, LeaseAck, Leave, Offer, Profile, ToRunner, Trouble},
+        protocol::{Credits, HeldDigest, Inbox, Outbox, feature},
     },
 };
 
@@ -171,14 +175,18 @@ pub struct Session {
     pub inbox: Inbox,
     /// What it would take.
     pub credits: Credits,
-    /// Whether it shall take work.
-    pub mode: SupplyState,
+    /// Whether it takes work, as it says itself.
+    pub leave: Leave,
+    /// What operators ask of it.
+    pub commands: Commands,
+    /// Attempts that it is to stop.
+    pub cancels: Cancels,
+    /// Load of its host.
+    pub load: f64,
     /// Tasks whose leases it holds.
     pub held: BTreeSet<crate::id::TaskId>,
     /// Its events.
     pub output: Output,
-    /// Commands sent, by number.
-    pub n_commands: u64,
     finished: VecDeque<Fence>,
     /// Grows whenever attempts come or go.
     changes: u64,
@@ -212,10 +220,12 @@ impl Session {
             outbox: Outbox::default(),
             inbox: Inbox::default(),
             credits: Credits::default(),
-            mode: SupplyState::Ready,
+            leave: Leave::default(),
+            commands: Commands::default(),
+            cancels: Cancels::default(),
+            load: 0.0,
             held: BTreeSet::new(),
             output: Output::default(),
-            n_commands: 0,
             finished: VecDeque::new(),
             changes: 0,
             suspicion: (0, 0),
@@ -270,6 +280,70 @@ impl Session {
         }
         self.bell.notify_one();
         seq
+    }
+
+    /// Tells the runner to stop an attempt that it holds no lease of any more.
+    pub fn cancel(
+        &mut self,
+        fence: Fence,
+        reason: Reason,
+        detail: String,
+        grace: Duration,
+        now: Micros,
+    ) {
+        let reason = reason_name(reason);
+        let seq = self.say(ToRunner::Cancel { fence, reason, detail, grace });
+        if self.profile.understands(feature::STOPPED) {
+            self.cancels.tell(fence, seq, now, grace);
+        }
+    }
+
+    /// Whether the queue may hand work out to it: as it says itself, and as commands that it has
+    /// not answered yet ask it to.
+    pub fn mode(&self) -> SupplyState {
+        let (mut drain, mut pause) = (self.leave.draining, self.leave.paused);
+        for action in self.commands.open() {
+            drain |= matches!(action, Action::Drain { .. });
+            pause |= matches!(action, Action::Pause);
+        }
+        match (drain, pause) {
+            (true, _) => SupplyState::Draining,
+            (false, true) => SupplyState::Paused,
+            (false, false) => SupplyState::Ready,
+        }
+    }
+
+    /// Takes what the runner offers now; whether its models have changed.
+    pub fn offer(&mut self, offer: Offer) -> bool {
+        let Offer { models, engine_version, engine_params, leave } = offer;
+        self.leave = leave;
+        let changed = self.profile.models != models;
+        let profile = Arc::make_mut(&mut self.profile);
+        (profile.models, profile.engine_version) = (models, engine_version);
+        profile.engine_params = engine_params;
+        changed
+    }
+
+    /// Takes the load that the runner measured.
+    pub fn measured(&mut self, load: f64, gpus: Vec<pb::Gpu>) {
+        self.load = load;
+        // The first release's agents name the processors in Hello alone.
+        if !gpus.is_empty() && self.profile.node.gpus != gpus {
+            Arc::make_mut(&mut self.profile).node.gpus = gpus;
+        }
+    }
+
+    /// The runner as the queue sees it.
+    pub fn supply(&self) -> RunnerSupply {
+        let profile = &self.profile;
+        RunnerSupply {
+            key: self.key,
+            namespace: self.namespace.clone(),
+            models: profile.models.iter().map(|model| ModelPattern::parse(model)).collect(),
+            labels: profile.labels.clone(),
+            slots: profile.slots,
+            runner: profile.runner.clone(),
+        }
     }
 
     /// Takes an announcement of credits; false when it is an old one.

@@ -55,6 +55,9 @@ pub struct Metrics {
     pub runner_slots: Gauge,
     /// Slots free.
     pub runner_slots_free: Gauge,
+    /// Cancels told to runners that say when they have stopped, by what became of them:
+    /// `stopped`, `late`, `overdue`.
+    pub runner_cancels: Family<OutcomeLabel, Counter>,
     /// Calls ended, by method and code.
     pub rpcs: Family<RpcLabels, Counter>,
     /// Time to the end of unary calls and to the head of streaming ones.
@@ -144,6 +147,7 @@ impl Metrics {
             runners: family(r, "runner_sessions", "Runner sessions"),
             runner_slots: gauge(r, "runner_slots", "Slots that runners offer"),
             runner_slots_free: gauge(r, "runner_slots_free", "Slots free"),
+            runner_cancels: family(r, "runner_cancels", "Cancels told to runners"),
             rpcs: family(r, "rpcs", "Calls ended"),
             rpc_seconds: seconds_family(r),
             streams: gauge(r, "rpc_streams", "Streaming calls open"),

@@ -8,9 +8,11 @@
 #![allow(dead_code, reason = "the harness offers more than each moment's tests use")]
 
 mod agent;
+mod agent_commands;
 mod auth;
 mod browsers;
 mod command_line;
+mod commands;
 mod determinism;
 mod failover;
 mod gateway;

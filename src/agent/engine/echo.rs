@@ -1,25 +1,42 @@
 //! Echoes `input.text` word by word: the engine of tests and benchmarks.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt as _, future::BoxFuture};
+use parking_lot::RwLock;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Completion, Engine, Failure, Work};
-use crate::agent::emitter::Emitter;
+use super::{Change, Completion, Engine, Failure, Progress, Tuned, Work, read};
+use crate::{agent::emitter::Emitter, error::Error, runners::protocol::feature};
 
-/// The engine.
-#[derive(Clone, Copy, Debug)]
-pub struct Echo;
+/// The engine. It can pass for any model.
+#[derive(Clone, Debug, Default)]
+pub struct Echo {
+    tuned: Arc<RwLock<Tuned<Tuning>>>,
+}
+
+/// Parameters of the engine.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Tuning {
+    /// Pause before each word where the task sets none, in milliseconds.
+    #[serde(default)]
+    delay_ms: u64,
+}
+
+/// Their names.
+const TUNABLE: &[&str] = &["delay_ms"];
+
+/// Options of a model: none.
+#[derive(Debug, Deserialize)]
+struct NoOptions {}
 
 /// Parameters of a task for [`Echo`].
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Params {
     /// Pause before each word, in milliseconds.
-    #[serde(default)]
-    delay_ms: u64,
+    delay_ms: Option<u64>,
     /// How often the text is said.
     #[serde(default = "once")]
     repeat: u64,
@@ -75,12 +92,39 @@ impl Engine for Echo {
     }
 
     fn run(&self, work: Work, emitter: Emitter) -> BoxFuture<'static, Result<Completion, Failure>> {
-        Box::pin(echo(work, emitter))
+        let delay_ms = self.tuned.read().value.delay_ms;
+        Box::pin(echo(work, emitter, delay_ms))
+    }
+
+    fn features(&self) -> &'static [&'static str] {
+        &[feature::APPLY, feature::RELOAD, feature::TUNE]
+    }
+
+    fn change(&self, change: Change, _: Progress) -> BoxFuture<'static, Result<(), Error>> {
+        let made = match change {
+            Change::Load { options, .. } => read::<NoOptions>("options", &options, &[]).map(drop),
+            Change::Unload { .. } | Change::Reload { .. } => Ok(()),
+            Change::Tune { params } => self.tune(&params),
+        };
+        async { made }.boxed()
+    }
+
+    fn params(&self) -> Map<String, Value> {
+        self.tuned.read().map.clone()
     }
 }
 
-async fn echo(work: Work, emitter: Emitter) -> Result<Completion, Failure> {
+impl Echo {
+    fn tune(&self, params: &Map<String, Value>) -> Result<(), Error> {
+        let tuned = self.tuned.read().with(params, TUNABLE)?;
+        *self.tuned.write() = tuned;
+        Ok(())
+    }
+}
+
+async fn echo(work: Work, emitter: Emitter, delay_ms: u64) -> Result<Completion, Failure> {
     let params: Params = work.params()?;
+    let delay_ms = params.delay_ms.unwrap_or(delay_ms);
     let text = work.text(&["text", "prompt"])?;
     let fail = params.fail.filter(|fail| fail.times.is_none_or(|times| work.attempt <= times));
     let limit = fail.as_ref().and_then(|fail| fail.after).unwrap_or(u64::MAX);
@@ -101,8 +145,8 @@ async fn echo(work: Work, emitter: Emitter) -> Result<Completion, Failure> {
             if said == limit {
                 break 'saying;
             }
-            if params.delay_ms > 0 {
-                work.clock.sleep(Duration::from_millis(params.delay_ms)).await;
+            if delay_ms > 0 {
+                work.clock.sleep(Duration::from_millis(delay_ms)).await;
             } else {
                 tokio::task::yield_now().await;
             }
@@ -159,7 +203,7 @@ mod tests {
     #[tokio::test]
     async fn says_the_text_again_and_again() {
         let work = testing::work(json!({"text": "hello big world"}), json!({"repeat": 2}));
-        let (events, ended) = testing::run(&Echo, work).await;
+        let (events, ended) = testing::run(&Echo::default(), work).await;
         let completion = ended.unwrap();
         assert_eq!(testing::text(&events), "hello big world hello big world");
         assert_eq!(completion.result["text"], "hello big world hello big world");
@@ -172,13 +216,13 @@ mod tests {
         let params =
             json!({"fail": {"reason": "ENGINE_ERROR", "retryable": true, "times": 1, "after": 1}});
         let mut work = testing::work(json!({"text": "a b"}), params);
-        let (events, ended) = testing::run(&Echo, work.clone()).await;
+        let (events, ended) = testing::run(&Echo::default(), work.clone()).await;
         let failure = ended.unwrap_err();
         assert_eq!((failure.reason.as_str(), failure.retryable), ("ENGINE_ERROR", true));
         assert_eq!(events.len(), 1);
 
         work.attempt = 2;
-        let (events, ended) = testing::run(&Echo, work).await;
+        let (events, ended) = testing::run(&Echo::default(), work).await;
         assert!(ended.is_ok());
         assert_eq!(testing::text(&events), "a b");
     }
@@ -190,7 +234,7 @@ mod tests {
             (json!({"text": 1}), json!({})),
             (json!({"text": ""}), json!({"dely_ms": 1})),
         ] {
-            let (_, ended) = testing::run(&Echo, testing::work(input, params)).await;
+            let (_, ended) = testing::run(&Echo::default(), testing::work(input, params)).await;
             let failure = ended.unwrap_err();
             assert_eq!((failure.reason.as_str(), failure.retryable), ("INPUT_REJECTED", false));
         }

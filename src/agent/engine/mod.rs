@@ -4,6 +4,7 @@
 //! [`Failure`]. It knows no stream, lease or session. Dropping its future is how an
 //! attempt is cancelled, so an engine must hold every upstream request inside it.
 
+mod change;
 pub mod echo;
 pub mod ngram;
 pub mod openai;
@@ -11,14 +12,15 @@ pub mod sse;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+pub use self::change::{Change, Loaded, Progress, Step, Tuned, read};
 use crate::{
     agent::emitter::{Emitter, Stopped},
     clock::{Clock, Micros},
-    error::{Reason, reason_name},
+    error::{Error, Reason, reason_name},
     id::TaskId,
 };
 
@@ -32,6 +34,25 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Executes one attempt. Dropping the future cancels it.
     fn run(&self, work: Work, emitter: Emitter) -> BoxFuture<'static, Result<Completion, Failure>>;
+
+    /// The commands that it understands, by the names of their features: of
+    /// [`feature`](crate::runners::protocol::feature) `APPLY`, `RELOAD` and `TUNE`.
+    fn features(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// Makes a change; attempts that run go on with what they began with. One that takes long
+    /// says how far it is, and yields now and then.
+    fn change(&self, change: Change, progress: Progress) -> BoxFuture<'static, Result<(), Error>> {
+        drop(progress);
+        let refusal = change.unsupported(self.name());
+        async { Err(refusal) }.boxed()
+    }
+
+    /// The parameters that were set by [`Change::Tune`].
+    fn params(&self) -> Map<String, Value> {
+        Map::new()
+    }
 }
 
 /// Which engine to load, with its settings.
@@ -49,10 +70,10 @@ pub enum Settings {
 ///
 /// # Errors
 /// When a file cannot be read or an address is malformed.
-pub fn load(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
+pub async fn load(settings: &Settings) -> anyhow::Result<Arc<dyn Engine>> {
     Ok(match settings {
-        Settings::Echo => Arc::new(echo::Echo),
-        Settings::Ngram(settings) => Arc::new(ngram::Ngram::load(settings)?),
+        Settings::Echo => Arc::new(echo::Echo::default()),
+        Settings::Ngram(settings) => Arc::new(ngram::Ngram::load(settings).await?),
         Settings::OpenAi(settings) => Arc::new(openai::OpenAi::new(settings)?),
     })
 }

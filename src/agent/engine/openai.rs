@@ -5,19 +5,24 @@
 //! The upstream request lives inside the attempt's future: dropping it closes the
 //! connection, at which such servers stop computing.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt as _, future::BoxFuture};
+use parking_lot::RwLock;
 use reqwest::{Client, Response, StatusCode, Url, header::CONTENT_TYPE};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Completion, Engine, Failure, Work,
+    Change, Completion, Engine, Failure, Loaded, Progress, Tuned, Work, read,
     sse::{Event, Parser},
 };
-use crate::{agent::emitter::Emitter, error::Reason};
+use crate::{
+    agent::emitter::Emitter,
+    error::{Error, Kind, Reason},
+    runners::protocol::feature,
+};
 
 /// Settings of [`OpenAi`].
 #[derive(Clone)]
@@ -65,7 +70,46 @@ pub struct OpenAi {
     client: Client,
     chat: Url,
     completions: Url,
+    models: Url,
     settings: Settings,
+    state: Arc<RwLock<State>>,
+}
+
+/// What commands have changed; clones of the engine share it.
+#[derive(Debug, Default)]
+struct State {
+    /// Names upstream.
+    loaded: Loaded<String>,
+    tuned: Tuned<Tuning>,
+}
+
+/// Parameters of the engine.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct Tuning {
+    /// Parameters of requests, for tasks that set none of that name.
+    defaults: Map<String, Value>,
+}
+
+/// Their names.
+const TUNABLE: &[&str] = &["defaults"];
+
+/// Options of a model.
+#[derive(Debug, Default, Deserialize)]
+struct Options {
+    /// Its name upstream; its own when absent.
+    upstream_model: Option<String>,
+}
+
+/// The models of an upstream server.
+#[derive(Debug, Deserialize)]
+struct Listing {
+    data: Vec<Listed>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Listed {
+    id: String,
 }
 
 /// A chunk of the stream, or the whole answer of a server that does not stream.
@@ -136,6 +180,8 @@ impl OpenAi {
             client,
             chat: url("chat/completions")?,
             completions: url("completions")?,
+            models: url("models")?,
+            state: Arc::default(),
             settings: settings.clone(),
         })
     }
@@ -152,9 +198,12 @@ impl OpenAi {
                 return Err(Failure::input("input.messages or input.prompt is missing"));
             }
         };
-        let mut body = work.params.clone();
+        let state = self.state.read();
+        let mut body = state.tuned.value.defaults.clone();
+        body.extend(work.params.clone());
         body.insert(field.into(), work.input[field].clone());
-        let model = self.settings.model.as_ref().unwrap_or(&work.model);
+        let loaded = state.loaded.find(&work.model, &work.model_version);
+        let model = loaded.or(self.settings.model.as_ref()).unwrap_or(&work.model);
         body.insert("model".into(), model.as_str().into());
         // Servers differ in how wide a seed may be; 31 bits fit all of them.
         body.entry("seed").or_insert_with(|| (work.seed & 0x7fff_ffff).into());
@@ -212,6 +261,78 @@ impl Engine for OpenAi {
 
     fn run(&self, work: Work, emitter: Emitter) -> BoxFuture<'static, Result<Completion, Failure>> {
         Box::pin(self.clone().generate(work, emitter))
+    }
+
+    fn features(&self) -> &'static [&'static str] {
+        &[feature::APPLY, feature::RELOAD, feature::TUNE]
+    }
+
+    fn change(&self, change: Change, _: Progress) -> BoxFuture<'static, Result<(), Error>> {
+        self.clone().make(change).boxed()
+    }
+
+    fn params(&self) -> Map<String, Value> {
+        self.state.read().tuned.map.clone()
+    }
+}
+
+impl OpenAi {
+    async fn make(self, change: Change) -> Result<(), Error> {
+        match change {
+            Change::Load { model, options } => {
+                let options: Options = read("options", &options, &["upstream_model"])?;
+                // Every model by its own name, unless the start or the command says otherwise.
+                let wanted = options.upstream_model.or_else(|| self.settings.model.clone());
+                let wanted = match wanted {
+                    None if model == "*" => return Ok(()),
+                    None => model.split('@').next().unwrap_or(&model).to_owned(),
+                    Some(wanted) => wanted,
+                };
+                self.check_upstream(std::slice::from_ref(&wanted)).await?;
+                self.state.write().loaded.insert(model, wanted);
+            }
+            Change::Unload { model } => self.state.write().loaded.remove(&model),
+            Change::Reload { model } => {
+                let named = self.state.read().loaded.named(model.as_deref());
+                let wanted: Vec<_> = named.into_iter().map(|(_, wanted)| wanted).collect();
+                self.check_upstream(&wanted).await?;
+            }
+            Change::Tune { params } => {
+                let mut state = self.state.write();
+                state.tuned = state.tuned.with(&params, TUNABLE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails unless the upstream server answers and has the models; one that does not list its
+    /// models is believed to have them.
+    async fn check_upstream(&self, wanted: &[String]) -> Result<(), Error> {
+        let mut request = self.client.get(self.models.clone());
+        if let Some(key) = &self.settings.api_key {
+            request = request.bearer_auth(key);
+        }
+        let upstream = |kind, message: String| Error::new(kind, Reason::EngineError, message);
+        let response = request.send().await.map_err(|error| {
+            tracing::debug!(?error, "the upstream server did not answer");
+            upstream(Kind::Unavailable, "the upstream server cannot be reached".into())
+        })?;
+        let status = response.status();
+        if matches!(status.as_u16(), 404 | 405 | 501) {
+            return Ok(());
+        }
+        if !status.is_success() {
+            let message =
+                format!("the upstream server answered {status} when asked for its models");
+            return Err(upstream(Kind::FailedPrecondition, message));
+        }
+        let Ok(listing) = response.json::<Listing>().await else { return Ok(()) };
+        let missing = wanted.iter().find(|name| listing.data.iter().all(|has| has.id != **name));
+        let Some(missing) = missing else { return Ok(()) };
+        let has: Vec<_> = listing.data.iter().take(20).map(|has| has.id.as_str()).collect();
+        let message =
+            format!("the upstream server has no model `{missing}`; it has: {}", has.join(", "));
+        Err(upstream(Kind::FailedPrecondition, message))
     }
 }
 

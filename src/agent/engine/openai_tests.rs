@@ -13,7 +13,7 @@ use tokio::{
 use super::{OpenAi, Settings};
 use crate::{
     agent::{
-        engine::{Engine as _, Failure, testing},
+        engine::{Change, Engine as _, Failure, Progress, testing},
         outbox::Outbox,
     },
     pb::runner_event::Body,
@@ -217,4 +217,68 @@ fn an_address_that_is_none_is_refused_and_keys_stay_secret() {
     let mut settings = Settings::new("http://host");
     settings.api_key = Some("hunter2".into());
     assert!(!format!("{settings:?}").contains("hunter2"));
+}
+
+#[tokio::test]
+async fn a_model_is_loaded_under_its_name_upstream_if_the_server_has_it() {
+    let list = json!({"data": [{"id": "up"}, {"id": "acme/own"}]}).to_string();
+    let upstream = Upstream::start(answer("200 OK", "application/json", &list), false).await;
+    let engine = upstream.engine();
+    let load = |model: &str, options: Value| {
+        let Value::Object(options) = options else { panic!("no object: {options}") };
+        engine.change(Change::Load { model: model.into(), options }, Progress::default())
+    };
+    let missing = load("test/model", json!({"upstream_model": "down"})).await.unwrap_err();
+    assert!(missing.message().ends_with("no model `down`; it has: up, acme/own"), "{missing}");
+    let unknown = load("test/model", json!({"weights": "x"})).await.unwrap_err();
+    assert_eq!(unknown.violations()[0].field, "options.weights");
+    load("acme/own", json!({})).await.unwrap();
+    load("test/model", json!({"upstream_model": "up"})).await.unwrap();
+    let defaults = json!({"defaults": {"temperature": 0.5, "top_p": 0.9}});
+    let Value::Object(params) = defaults.clone() else { panic!() };
+    engine.change(Change::Tune { params }, Progress::default()).await.unwrap();
+    assert_eq!(Value::Object(engine.params()), defaults);
+
+    let work = testing::work(json!({"prompt": "x"}), json!({"top_p": 0.1}));
+    testing::run(&engine, work).await.1.unwrap();
+    let request = upstream.requests.lock().last().unwrap().clone();
+    let (_, body) = request.split_once("\r\n\r\n").unwrap();
+    let body: Value = serde_json::from_str(body).unwrap();
+    assert_eq!((&body["model"], &body["top_p"]), (&json!("up"), &json!(0.1)));
+    assert_eq!(body["temperature"], 0.5);
+}
+
+#[tokio::test]
+async fn a_server_without_a_list_is_believed_and_one_that_is_away_is_not() {
+    let load = |engine: OpenAi| {
+        let (model, options) = ("test/model".into(), serde_json::Map::new());
+        engine.change(Change::Load { model, options }, Progress::default())
+    };
+    let upstream = Upstream::start(answer("404 Not Found", "text/plain", "no"), false).await;
+    load(upstream.engine()).await.unwrap();
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let away = OpenAi::new(&Settings::new(format!("http://{free}"))).unwrap();
+    assert_eq!(load(away).await.unwrap_err().kind(), crate::error::Kind::Unavailable);
+}
+
+/// Keep-alive comments, reasoning that is no content, an empty delta, events after the end.
+#[tokio::test]
+async fn what_is_no_token_is_passed_over() {
+    let delta = |delta: Value| json!({"choices": [{"index": 0, "delta": delta}]});
+    let chunks = [
+        delta(json!({"role": "assistant", "content": null, "reasoning_content": "hmm"})),
+        delta(json!({"content": ""})),
+        delta(json!({"content": "yes"})),
+        delta(json!({"content": null, "tool_calls": []})),
+        json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}),
+    ];
+    let body =
+        format!(": keep-alive\n\n{}data: {}\n\n", sse(&chunks), delta(json!({"content": "!"})));
+    let upstream = Upstream::start(answer("200 OK", "text/event-stream", &body), false).await;
+    let work = testing::work(json!({"messages": []}), json!({}));
+    let (events, ended) = testing::run(&upstream.engine(), work).await;
+    assert_eq!(events, [Body::Token("yes".into())]);
+    let completion = ended.unwrap();
+    // The server told no usage: what came is counted.
+    assert_eq!((completion.tokens_in, completion.tokens_out), (0, 1));
 }

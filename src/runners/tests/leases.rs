@@ -288,13 +288,13 @@ async fn a_drained_runner_is_told_and_offers_nothing_any_more() {
     let world = World::new().await;
     let mut runner = Runner::connect(&world);
     let namespace = Namespace::from("default");
-    world.registry.drain(&namespace, &"r1".into(), 5 * SECOND, false, true).unwrap();
+    world.registry.send_order(&namespace, drain("r1")).unwrap();
     assert!(matches!(runner.read(&world)[..], [Body::Command(_)]));
     let credits = Announcement { revision: 2, free_slots: 4, as_of_seq: 0 };
     runner.say(&world, Said::Credits(credits));
     let seen = world.registry.get(&namespace, &"r1".into()).unwrap();
     assert_eq!((seen.mode, seen.free_slots), (SupplyState::Draining, 4));
-    let unknown = world.registry.drain(&namespace, &"r9".into(), SECOND, false, false);
+    let unknown = world.registry.send_order(&namespace, drain("r9"));
     assert_eq!(unknown.unwrap_err().reason(), Reason::NotFound);
 }
 

@@ -20,7 +20,9 @@ use crate::{
     relay::{Limits, Relay},
     runners::{
         Ports, Registry, RunnerLimits,
+        commands::Action,
         model::{Announcement, Batch, Fence, FromRunner, Held, Hello, Profile, Said, Welcome},
+        operate::Order,
         protocol::HeldDigest,
         session::{Attached, Link},
     },
@@ -86,7 +88,7 @@ impl World {
             parts.queue.clone(),
             parts.relay.clone(),
             supervisor.clone(),
-            ports(&ledger, &parts.db, &store_down),
+            ports(&ledger, &parts.db, &store_down, &parts.metrics),
         );
         if starts == Starts::Accepting {
             writer = writer.starting(crate::dispatch::starter(&registry, supervisor.token()));
@@ -187,7 +189,7 @@ impl Drop for World {
     }
 }
 
-fn ports(ledger: &Ledger, db: &Db, down: &Arc<AtomicBool>) -> Ports {
+fn ports(ledger: &Ledger, db: &Db, down: &Arc<AtomicBool>, metrics: &Metrics) -> Ports {
     let (ledger, db, down) = (ledger.clone(), db.clone(), down.clone());
     let down_too = down.clone();
     Ports {
@@ -210,6 +212,7 @@ fn ports(ledger: &Ledger, db: &Db, down: &Arc<AtomicBool>) -> Ports {
             })
         }),
         token: Arc::new(|task| format!("token-{}", task.id)),
+        metrics: metrics.clone(),
     }
 }
 
@@ -317,7 +320,7 @@ impl Runner {
 
     pub fn heartbeat(&self, world: &World, held: &[Fence]) {
         let digest: HeldDigest = held.iter().map(|fence| (fence.task, fence.attempt)).collect();
-        let body = Said::Heartbeat { digest: digest.0 };
+        let body = Said::Heartbeat { digest: digest.0, load: 0.0, gpus: Vec::new() };
         let message = FromRunner { seq: 0, ack: self.acked, body };
         world.registry.receive(self.key, &self.link, message).unwrap();
     }
@@ -372,7 +375,10 @@ pub fn hello(name: &str, instance: &str) -> Hello {
             engine: "echo".into(),
             engine_version: "1".into(),
             agent_version: "1".into(),
+            features: Vec::new(),
+            engine_params: Default::default(),
         },
+        leave: Default::default(),
         session: None,
         versions: (1, 1),
         inventory: Vec::new(),
@@ -403,4 +409,11 @@ pub fn reason(ack: &pb::LeaseAck) -> &'static str {
         .into_iter()
         .find(|reason| text.contains(reason))
         .unwrap_or("?")
+}
+
+/// An order to drain.
+pub fn drain(runner: &str) -> Order {
+    let deadline = Duration::from_secs(5);
+    let action = Action::Drain { deadline, hand_back: false, exit: true };
+    Order { runner: runner.into(), request_id: String::new(), action }
 }

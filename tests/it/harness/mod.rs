@@ -3,6 +3,7 @@
 
 pub mod api;
 pub mod checks;
+pub mod command;
 pub mod disk;
 pub mod local;
 pub mod proxy;

@@ -28,8 +28,8 @@ type Held = Arc<Mutex<BTreeMap<(String, u32), u64>>>;
 pub struct Runner {
     pub id: String,
     pub welcome: pb::Welcome,
-    hello: pb::Hello,
-    control: mpsc::Sender<pb::ConnectRequest>,
+    pub(super) hello: pb::Hello,
+    pub(super) control: mpsc::Sender<pb::ConnectRequest>,
     output: mpsc::Sender<pb::OutputRequest>,
     from_server: mpsc::Receiver<Result<pb::ConnectResponse, Status>>,
     acks: mpsc::Receiver<Result<pb::LeaseAck, Status>>,

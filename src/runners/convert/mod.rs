@@ -1,6 +1,11 @@
 //! Control messages between wire and model, with everything a runner says checked at the door.
 
+pub mod commands;
+
 use std::{collections::BTreeMap, time::Duration};
+
+use prost::Message as _;
+use prost_types::Struct;
 
 use crate::{
     clock::Micros,
@@ -8,16 +13,15 @@ use crate::{
     events::frame::timestamp,
     grpc::status::to_rpc_status,
     id::TaskId,
+    json,
     pb::{self, connect_request, connect_response},
-    queue::SupplyState,
     runners::{
         RunnerLimits,
         model::{
-            Announcement, Batch, Fence, FromRunner, Held, Hello, LeaseAck, Profile, Said, ToRunner,
-            Trouble, Verdict, Welcome,
+            Announcement, Batch, Fence, FromRunner, Held, Hello, LeaseAck, Leave, Offer, Profile,
+            Said, ToRunner, Trouble, Verdict, Welcome,
         },
-        protocol::VERSIONS,
-        registry::Seen,
+        protocol::{VERSIONS, feature},
     },
     tasks::model::Task,
 };
@@ -26,6 +30,8 @@ use crate::{
 const MAX_TEXT: usize = 1024;
 /// Longest list in a Hello.
 const MAX_LIST: usize = 256;
+/// Most bytes of an engine's parameters.
+const MAX_PARAMS: usize = 64 << 10;
 /// Most attempts in an inventory.
 const MAX_HELD: usize = 16_384;
 
@@ -92,12 +98,23 @@ fn inventory(field: &str, inventory: pb::Inventory) -> Result<Vec<Held>> {
     held.collect()
 }
 
+fn gpus(field: &str, gpus: Vec<pb::Gpu>) -> Result<Vec<pb::Gpu>> {
+    if gpus.len() > MAX_LIST {
+        return Err(Error::invalid(field, format!("must be at most {MAX_LIST}")));
+    }
+    for gpu in &gpus {
+        text(&format!("{field}.name"), gpu.name.clone())?;
+    }
+    Ok(gpus)
+}
+
 /// A Hello, with its envelope's ack.
 pub fn hello(hello: pb::Hello, ack: u64) -> Result<Hello> {
     if hello.slots == 0 || hello.slots > 65_536 {
         return Err(Error::invalid("hello.slots", "must be 1 to 65536"));
     }
-    if hello.models.is_empty() {
+    let waits = hello.features.iter().any(|name| name == feature::APPLY);
+    if hello.models.is_empty() && !waits {
         return Err(Error::invalid("hello.models", "must name a model, or `*`"));
     }
     if hello.labels.len() > MAX_LIST {
@@ -110,9 +127,7 @@ pub fn hello(hello: pb::Hello, ack: u64) -> Result<Hello> {
     let node = hello.node.unwrap_or_default();
     text("hello.node.node_id", node.node_id.clone())?;
     text("hello.node.os", node.os.clone())?;
-    if node.gpus.len() > MAX_LIST {
-        return Err(Error::invalid("hello.node.gpus", format!("must be at most {MAX_LIST}")));
-    }
+    let node = pb::Node { gpus: gpus("hello.node.gpus", node.gpus)?, ..node };
     let profile = Profile {
         runner: name("hello.runner_id", hello.runner_id)?.into(),
         instance: name("hello.instance_id", hello.instance_id)?,
@@ -124,15 +139,37 @@ pub fn hello(hello: pb::Hello, ack: u64) -> Result<Hello> {
         engine: text("hello.engine", hello.engine)?,
         engine_version: text("hello.engine_version", hello.engine_version)?,
         agent_version: text("hello.agent_version", hello.agent_version)?,
+        features: list("hello.features", hello.features)?,
+        engine_params: engine_params("hello.engine_params", hello.engine_params)?,
     };
+    let leave = Leave { paused: hello.paused, draining: hello.draining };
     Ok(Hello {
         profile,
+        leave,
         session: Some(hello.session_id).filter(|id| !id.is_empty()),
         versions: (hello.min_version, hello.max_version),
         inventory: inventory("hello.inventory", hello.inventory.unwrap_or_default())?,
         credits: hello.credits.map(announcement),
         ack,
     })
+}
+
+fn offer(offer: pb::Offer) -> Result<Offer> {
+    Ok(Offer {
+        models: list("offer.models", offer.models)?,
+        engine_version: text("offer.engine_version", offer.engine_version)?,
+        engine_params: engine_params("offer.engine_params", offer.engine_params)?,
+        leave: Leave { paused: offer.paused, draining: offer.draining },
+    })
+}
+
+fn engine_params(field: &str, params: Option<Struct>) -> Result<Struct> {
+    let params = params.unwrap_or_default();
+    if !json::depth_is_fine(&params) || params.encoded_len() > MAX_PARAMS {
+        let what = format!("must have at most {MAX_PARAMS} bytes and {} levels", json::MAX_DEPTH);
+        return Err(Error::invalid(field, what));
+    }
+    Ok(params)
 }
 
 /// The Hello that a first message must be.
@@ -157,17 +194,27 @@ pub fn from_runner(message: pb::ConnectRequest) -> Result<FromRunner> {
             fence("refuse", &refuse.task_id, refuse.attempt)?,
             cut(refuse.reason, MAX_TEXT),
         ),
-        Some(Body::Heartbeat(heartbeat)) => Said::Heartbeat { digest: heartbeat.held_digest },
+        Some(Body::Heartbeat(heartbeat)) => Said::Heartbeat {
+            digest: heartbeat.held_digest,
+            load: heartbeat.load,
+            gpus: gpus("heartbeat.gpus", heartbeat.gpus)?,
+        },
         Some(Body::Credits(credits)) => Said::Credits(announcement(credits)),
         Some(Body::CommandAccepted(command)) => {
             Said::CommandAccepted(text("command_accepted.command_id", command.command_id)?)
         }
+        Some(Body::CommandProgress(command)) => Said::CommandProgress(
+            text("command_progress.command_id", command.command_id.clone())?,
+            commands::progress(command),
+        ),
         Some(Body::CommandDone(command)) => Said::CommandDone(
             text("command_done.command_id", command.command_id)?,
-            command
-                .status
-                .filter(|status| status.code != 0)
-                .map(|status| cut(status.message, MAX_TEXT)),
+            commands::refusal(command.status),
+        ),
+        Some(Body::Offer(said)) => Said::Offer(offer(said)?),
+        Some(Body::Stopped(said)) => Said::Stopped(
+            fence("stopped", &said.task_id, said.attempt)?,
+            from_duration("stopped.took", said.took)?,
         ),
         Some(Body::Inventory(held)) => Said::Inventory(inventory("inventory", held)?),
         Some(Body::Bye(bye)) => Said::Bye(cut(bye.reason, MAX_TEXT)),
@@ -211,18 +258,7 @@ pub fn to_runner(message: &ToRunner) -> connect_response::Body {
             detail: detail.clone(),
             grace: Some(duration(*grace)),
         }),
-        ToRunner::Drain { command, deadline, hand_back, exit } => Body::Command(pb::Command {
-            command_id: command.clone(),
-            action: Some(pb::command::Action::Drain(pb::Drain {
-                deadline: Some(duration(*deadline)),
-                hand_back: *hand_back,
-                exit: *exit,
-            })),
-        }),
-        ToRunner::Pause { command, paused } => Body::Command(pb::Command {
-            command_id: command.clone(),
-            action: Some(pb::command::Action::Pause(pb::Pause { paused: *paused })),
-        }),
+        ToRunner::Command { id, action } => Body::Command(commands::command(id, action)),
         ToRunner::InventoryRequest => Body::InventoryRequest(pb::InventoryRequest {}),
         ToRunner::Reconciliation(verdicts) => Body::Reconciliation(reconciliation(verdicts)),
     }
@@ -269,7 +305,7 @@ pub fn welcome(welcome: &Welcome, limits: &RunnerLimits) -> connect_response::Bo
         max_stream_age: Some(duration(limits.max_stream_age)),
         reconciliation: Some(reconciliation(&welcome.verdicts)),
         max_unacked_bytes: limits.max_unacked_bytes as u64,
-        features: Vec::new(),
+        features: welcome.features.clone(),
         last_seq: welcome.last_seq,
     })
 }
@@ -360,37 +396,4 @@ pub fn from_duration(field: &str, duration: Option<prost_types::Duration>) -> Re
         .unwrap_or_default()
         .try_into()
         .map_err(|_| Error::invalid(field, "must not be negative"))
-}
-
-/// A runner as operators see it.
-pub fn runner(seen: &Seen) -> pb::Runner {
-    let state = match (seen.connected, seen.mode) {
-        (false, _) => pb::runner::State::Disconnected,
-        (true, SupplyState::Ready) => pb::runner::State::Ready,
-        (true, SupplyState::Draining) => pb::runner::State::Draining,
-        (true, SupplyState::Paused) => pb::runner::State::Paused,
-    };
-    let attempts = seen.attempts.iter().map(|(fence, start)| pb::RunningAttempt {
-        task_id: fence.task.to_string(),
-        attempt: fence.attempt,
-        start_time: Some(timestamp(*start)),
-    });
-    let profile = &seen.profile;
-    pb::Runner {
-        runner_id: profile.runner.to_string(),
-        state: state.into(),
-        node: Some(profile.node.clone()),
-        slots: profile.slots,
-        free_slots: seen.free_slots,
-        models: profile.models.clone(),
-        labels: profile.labels.clone().into_iter().collect(),
-        pools: profile.pools.clone(),
-        engine: profile.engine.clone(),
-        engine_version: profile.engine_version.clone(),
-        agent_version: profile.agent_version.clone(),
-        connect_time: Some(timestamp(seen.connect_time)),
-        last_heartbeat_time: Some(timestamp(seen.heartbeat_time)),
-        attempts: attempts.collect(),
-        reconnects: seen.n_reconnects,
-    }
 }
