@@ -23,6 +23,8 @@ pub use baton::v1::*;
 /// `google.rpc` and `google.api` messages.
 pub mod google {
     /// Error model.
+    // Its comments are Google's, and have `<` in prose.
+    #[allow(rustdoc::invalid_html_tags)]
     pub mod rpc {
         include!(concat!(env!("OUT_DIR"), "/client/google.rpc.rs"));
     }
