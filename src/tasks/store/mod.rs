@@ -9,7 +9,7 @@ use sqlx::{FromRow, Row, sqlite::SqliteRow};
 
 use crate::{
     clock::Micros,
-    db::{Bulk, Script, Tx},
+    db::{Bulk, Script, Tx, Values},
     error::{Error, Result},
     faults::{self, Fault},
     id::{Namespace, TaskId},
@@ -167,24 +167,8 @@ pub fn insert(script: &mut Script, tasks: &[&Task]) -> Result<()> {
             .bind(task.retry_of.map(|id| id.to_string()))
             .bind(task.retried_by.map(|id| id.to_string()))
             .bind(task.traceparent.clone())
-            .bind(task.create_time)
-            .bind(task.state.as_str())
-            .bind(task.revision as i64)
-            .bind(task.attempt)
-            .bind(task.failed)
-            .bind(task.lost)
-            .bind(task.handed_back)
-            .bind(task.start_time)
-            .bind(task.end_time)
-            .bind(task.not_before)
-            .bind(task.runner.as_ref().map(|runner| runner.as_str().to_owned()))
-            .bind(task.base_sequence as i64)
-            .bind(task.last_sequence as i64)
-            .bind(task.reserved_sequence as i64)
-            .bind(task.result.clone())
-            .bind(task.error.as_ref().map(to_json).transpose()?)
-            .bind(task.usage.as_ref().map(to_json).transpose()?);
-        Ok(())
+            .bind(task.create_time);
+        bind_moving(row, task)
     })
 }
 
@@ -206,26 +190,30 @@ pub fn update(script: &mut Script, tasks: &[(u64, &Task)]) -> Result<()> {
          FROM moved m WHERE tasks.id = m.id AND tasks.revision = m.was",
     );
     script.add_rows_exactly(&UPDATE, tasks, |row, (was, task)| {
-        row.bind(task.id.to_string())
-            .bind(*was as i64)
-            .bind(task.state.as_str())
-            .bind(task.revision as i64)
-            .bind(task.attempt)
-            .bind(task.failed)
-            .bind(task.lost)
-            .bind(task.handed_back)
-            .bind(task.start_time)
-            .bind(task.end_time)
-            .bind(task.not_before)
-            .bind(task.runner.as_ref().map(|runner| runner.as_str().to_owned()))
-            .bind(task.base_sequence as i64)
-            .bind(task.last_sequence as i64)
-            .bind(task.reserved_sequence as i64)
-            .bind(task.result.clone())
-            .bind(task.error.as_ref().map(to_json).transpose()?)
-            .bind(task.usage.as_ref().map(to_json).transpose()?);
-        Ok(())
+        row.bind(task.id.to_string()).bind(*was as i64);
+        bind_moving(row, task)
     })
+}
+
+/// The columns that move, in the order of `columns!`.
+fn bind_moving(row: &mut Values, task: &Task) -> Result<()> {
+    row.bind(task.state.as_str())
+        .bind(task.revision as i64)
+        .bind(task.attempt)
+        .bind(task.failed)
+        .bind(task.lost)
+        .bind(task.handed_back)
+        .bind(task.start_time)
+        .bind(task.end_time)
+        .bind(task.not_before)
+        .bind(task.runner.as_ref().map(|runner| runner.as_str().to_owned()))
+        .bind(task.base_sequence as i64)
+        .bind(task.last_sequence as i64)
+        .bind(task.reserved_sequence as i64)
+        .bind(task.result.clone())
+        .bind(task.error.as_ref().map(to_json).transpose()?)
+        .bind(task.usage.as_ref().map(to_json).transpose()?);
+    Ok(())
 }
 
 /// Raises the reservations of running attempts, as (task, attempt, highest sequence).
