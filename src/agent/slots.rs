@@ -212,6 +212,7 @@ fn failed(failure: Failure, usage: Option<pb::Usage>) -> pb::Finish {
         message: failure.message,
         retryable: failure.retryable,
         metadata: failure.metadata.into_iter().collect(),
+        retry_after: failure.retry_after.and_then(|after| after.try_into().ok()),
     };
     pb::Finish { outcome: Some(Outcome::Failure(failure)), usage }
 }

@@ -140,13 +140,19 @@ pub fn outcome(finish: pb::Finish) -> (Outcome, Usage) {
                         "the result has {} bytes, more than {MAX_RESULT}; use an artifact",
                         text.len()
                     );
-                    Outcome::Failure(failure(Reason::MessageTooLarge, message))
+                    failure(Reason::MessageTooLarge, message).into()
                 } else {
                     Outcome::Success(Some(text))
                 }
             }
         },
-        Some(Said::Failure(failure)) => Outcome::Failure(failed(failure)),
+        Some(Said::Failure(failure)) => {
+            let retry_after = failure.retry_after.and_then(|after| after.try_into().ok());
+            Outcome::Failure {
+                failure: failed(failure),
+                retry_after: retry_after.unwrap_or_default(),
+            }
+        }
         Some(Said::HandBack(hand_back)) => Outcome::HandBack(cut(hand_back.reason, MAX_DETAIL)),
         None => invalid("the attempt ended without an outcome that this server knows".into()),
     };
@@ -165,7 +171,7 @@ pub fn outcome(finish: pb::Finish) -> (Outcome, Usage) {
 
 /// The end of an attempt whose runner sent what cannot be taken.
 pub fn invalid(message: String) -> Outcome {
-    Outcome::Failure(failure(Reason::InvalidParams, message))
+    failure(Reason::InvalidParams, message).into()
 }
 
 fn failure(reason: Reason, message: String) -> Failure {
@@ -247,10 +253,12 @@ mod tests {
     fn an_end_that_cannot_be_kept_is_a_failure() {
         let finish = |outcome| pb::Finish { outcome, usage: None };
         let (ended, _) = outcome(finish(None));
-        assert!(matches!(ended, Outcome::Failure(failure) if failure.reason == "INVALID_PARAMS"));
+        assert!(
+            matches!(ended, Outcome::Failure { failure, .. } if failure.reason == "INVALID_PARAMS")
+        );
         let own = pb::Failure { reason: "OOM".into(), retryable: true, ..Default::default() };
         let (ended, _) = outcome(finish(Some(pb::finish::Outcome::Failure(own))));
-        let Outcome::Failure(failure) = ended else { panic!("{ended:?}") };
+        let Outcome::Failure { failure, .. } = ended else { panic!("{ended:?}") };
         assert_eq!((failure.reason.as_str(), failure.retryable), ("TASK_FAILED", true));
         assert_eq!(failure.metadata["runner_reason"], "OOM");
     }

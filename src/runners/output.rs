@@ -486,7 +486,7 @@ fn ended_so(task: &Task, fence: Fence, outcome: &Outcome) -> bool {
     task.attempt == fence.attempt
         && match outcome {
             Outcome::Success(_) => task.state == TaskState::Succeeded,
-            Outcome::Failure(failure) => {
+            Outcome::Failure { failure, .. } => {
                 matches!(task.state, TaskState::Failed | TaskState::DeadLettered)
                     && task.error.as_ref() == Some(failure)
             }

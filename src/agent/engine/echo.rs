@@ -64,6 +64,8 @@ struct Fail {
     times: Option<u32>,
     /// Words said before the failure; all of them when unset.
     after: Option<u64>,
+    /// Shortest wait before another attempt, in milliseconds.
+    retry_after_ms: Option<u64>,
 }
 
 fn once() -> u64 {
@@ -162,6 +164,7 @@ async fn echo(work: Work, emitter: Emitter, delay_ms: u64) -> Result<Completion,
             message: fail.message,
             retryable: fail.retryable,
             metadata: [("attempt".to_owned(), work.attempt.to_string())].into(),
+            retry_after: fail.retry_after_ms.map(Duration::from_millis),
         });
     }
     Ok(Completion {

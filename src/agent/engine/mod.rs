@@ -10,7 +10,7 @@ pub mod ngram;
 pub mod openai;
 pub mod sse;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use serde::de::DeserializeOwned;
@@ -153,6 +153,8 @@ pub struct Failure {
     pub retryable: bool,
     /// Facts, as the reason documents.
     pub metadata: BTreeMap<String, String>,
+    /// Shortest wait before another attempt, where it is known.
+    pub retry_after: Option<Duration>,
 }
 
 impl Failure {
@@ -163,6 +165,7 @@ impl Failure {
             message: message.into(),
             retryable,
             metadata: BTreeMap::new(),
+            retry_after: None,
         }
     }
 

@@ -118,7 +118,7 @@ pub fn new_task() -> NewTask {
 }
 
 fn broken() -> Outcome {
-    Outcome::Failure(Failure {
+    Outcome::from(Failure {
         reason: "TASK_FAILED".into(),
         message: "boom".into(),
         retryable: true,

@@ -27,6 +27,8 @@ use crate::{
 pub const MAX_LOST: u32 = 5;
 /// Attempts that may be handed back.
 pub const MAX_HANDED_BACK: u32 = 20;
+/// Longest wait before another attempt that a runner may ask for.
+pub const MAX_RETRY_AFTER: Duration = Duration::from_hours(1);
 /// Sequences reserved for an attempt when it starts.
 pub const FIRST_RESERVATION: u64 = 1024;
 
@@ -87,9 +89,21 @@ pub enum Outcome {
     /// With a result, a JSON object as text.
     Success(Option<String>),
     /// With an error.
-    Failure(Failure),
+    Failure {
+        /// The error.
+        failure: Failure,
+        /// Shortest wait before another attempt, as far as the runner knows; at most
+        /// [`MAX_RETRY_AFTER`] counts.
+        retry_after: Duration,
+    },
     /// Not executed to the end, through no fault of its own.
     HandBack(String),
+}
+
+impl From<Failure> for Outcome {
+    fn from(failure: Failure) -> Self {
+        Self::Failure { failure, retry_after: Duration::ZERO }
+    }
 }
 
 /// A time limit of a task.
@@ -193,7 +207,9 @@ pub fn apply(
             next.task.usage = Some(*usage);
             match outcome {
                 Outcome::Success(result) => next.end(State::Succeeded, result.clone(), None),
-                Outcome::Failure(failure) => next.fail(failure.clone(), unit),
+                Outcome::Failure { failure, retry_after } => {
+                    next.fail(failure.clone(), *retry_after, unit);
+                }
                 Outcome::HandBack(reason) => next.hand_back(reason),
             }
         }
@@ -210,6 +226,7 @@ pub fn apply(
                     format!("the attempt ran longer than its execution timeout of {limit} s"),
                     true,
                 ),
+                Duration::ZERO,
                 unit,
             );
         }
@@ -342,7 +359,7 @@ impl Next {
         self.task.reserved_sequence = base + FIRST_RESERVATION;
     }
 
-    fn fail(&mut self, failure: Failure, unit: f64) {
+    fn fail(&mut self, failure: Failure, retry_after: Duration, unit: f64) {
         self.task.failed += 1;
         let retry = &self.task.spec.retry;
         let allowed = failure.retryable
@@ -354,7 +371,7 @@ impl Next {
         {
             self.end(State::DeadLettered, None, Some(failure));
         } else {
-            let wait = retry.backoff(self.task.failed, unit);
+            let wait = retry.backoff(self.task.failed, unit).max(retry_after.min(MAX_RETRY_AFTER));
             self.requeue(failure, Some(wait));
         }
     }
@@ -372,7 +389,7 @@ impl Next {
     fn hand_back(&mut self, reason: &str) {
         let error = failure(Reason::HandedBack, reason, true);
         if faults::planted(Fault::CountHandBacks) {
-            return self.fail(error, 0.0);
+            return self.fail(error, Duration::ZERO, 0.0);
         }
         self.task.handed_back += 1;
         if self.task.handed_back >= MAX_HANDED_BACK {

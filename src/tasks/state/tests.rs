@@ -70,7 +70,7 @@ fn finish(attempt: u32, outcome: Outcome) -> Event {
 fn events() -> impl Strategy<Value = Event> {
     let failure =
         (prop::bool::ANY, prop::sample::select(vec!["A", "B"])).prop_map(|(retryable, reason)| {
-            Outcome::Failure(Failure {
+            Outcome::from(Failure {
                 reason: reason.into(),
                 message: "boom".into(),
                 retryable,
@@ -216,9 +216,33 @@ fn a_runner_can_say_do_not_retry() {
     let head = |task: &Task| Head { head: task.last_sequence, in_doubt: None };
     task = apply(&task, &start(), task.create_time, head(&task), 0.0).unwrap().task;
     let failure = failure(Reason::InputRejected, "no", false);
-    let outcome = Outcome::Failure(failure.clone());
+    let outcome = Outcome::from(failure.clone());
     let ended = apply(&task, &finish(1, outcome), task.create_time, head(&task), 0.0).unwrap().task;
     assert_eq!((ended.state, ended.error), (State::Failed, Some(failure)));
+}
+
+#[test]
+fn the_longer_of_backoff_and_retry_after_is_waited() {
+    let retry = RetryPolicy { jitter: 0.0, max_attempts: 9, ..RetryPolicy::default() };
+    let mut task = task(retry, None, None);
+    let now = task.create_time;
+    let hours = |n| Duration::from_hours(n);
+    let cases = [
+        (Duration::ZERO, Duration::from_secs(1)),
+        (Duration::from_secs(30), Duration::from_secs(30)),
+        (Duration::from_secs(3), Duration::from_secs(4)),
+        (hours(100), hours(1)),
+    ];
+    for (retry_after, wait) in cases {
+        let head = Head { head: task.last_sequence, in_doubt: None };
+        task.not_before = None;
+        task = apply(&task, &start(), now, head, 0.0).unwrap().task;
+        let head = Head { head: task.last_sequence, in_doubt: None };
+        let failure = failure(Reason::EngineError, "busy", true);
+        let outcome = Outcome::Failure { failure, retry_after };
+        task = apply(&task, &finish(task.attempt, outcome), now, head, 0.0).unwrap().task;
+        assert_eq!(task.not_before, Some(now + wait), "{retry_after:?}");
+    }
 }
 
 #[test]

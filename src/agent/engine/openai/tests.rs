@@ -16,7 +16,7 @@ use crate::{
         engine::{Change, Engine as _, Failure, Progress, testing},
         outbox::Outbox,
     },
-    pb::runner_event::Body,
+    pb::{self, runner_event::Body},
 };
 
 /// A server that answers every request with the same bytes and then closes, or, when it
@@ -261,12 +261,14 @@ async fn a_server_without_a_list_is_believed_and_one_that_is_away_is_not() {
     assert_eq!(load(away).await.unwrap_err().kind(), crate::error::Kind::Unavailable);
 }
 
-/// Keep-alive comments, reasoning that is no content, an empty delta, events after the end.
+/// Keep-alive comments, an empty delta, `null` where nothing is, events after the end.
 #[tokio::test]
 async fn what_is_no_token_is_passed_over() {
     let delta = |delta: Value| json!({"choices": [{"index": 0, "delta": delta}]});
     let chunks = [
-        delta(json!({"role": "assistant", "content": null, "reasoning_content": "hmm"})),
+        delta(json!({"role": "assistant", "content": null, "tool_calls": null, "reasoning": null})),
+        json!({"choices": null, "usage": null, "error": null}),
+        json!({"choices": [{"index": null, "delta": null, "text": null, "logprobs": null}]}),
         delta(json!({"content": ""})),
         delta(json!({"content": "yes"})),
         delta(json!({"content": null, "tool_calls": []})),
@@ -281,4 +283,90 @@ async fn what_is_no_token_is_passed_over() {
     let completion = ended.unwrap();
     // The server told no usage: what came is counted.
     assert_eq!((completion.tokens_in, completion.tokens_out), (0, 1));
+}
+
+/// The name in llama.cpp and vLLM, and the one in newer vLLM.
+#[tokio::test]
+async fn thoughts_are_a_stage_and_part_of_the_result() {
+    for name in ["reasoning_content", "reasoning"] {
+        let delta = |delta: Value| json!({"choices": [{"index": 0, "delta": delta}]});
+        let chunks = [
+            delta(json!({"role": "assistant", name: "Let me "})),
+            delta(json!({name: "think."})),
+            delta(json!({"content": "4"})),
+            json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}),
+        ];
+        let answer = answer("200 OK", "text/event-stream", &sse(&chunks));
+        let upstream = Upstream::start(answer, false).await;
+        let work = testing::work(json!({"messages": []}), json!({}));
+        let (events, ended) = testing::run(&upstream.engine(), work).await;
+        let stage = pb::StageEvent { name: "reasoning".into(), ..Default::default() };
+        assert_eq!(events, [Body::Stage(stage), Body::Token("4".into())]);
+        let completion = ended.unwrap();
+        assert_eq!(completion.result["reasoning"], "Let me think.");
+        assert_eq!((&completion.result["text"], completion.tokens_out), (&json!("4"), 3));
+    }
+}
+
+#[tokio::test]
+async fn calls_of_tools_are_put_together() {
+    let call = |call: Value| json!({"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]});
+    let function =
+        |name: Option<&str>, arguments: &str| json!({"name": name, "arguments": arguments});
+    let chunks = [
+        call(
+            json!({"index": 0, "id": "c1", "type": "function", "function": function(Some("f"), "")}),
+        ),
+        call(json!({"index": 0, "function": function(None, "{\"a\":")})),
+        call(json!({"index": 1, "id": "c2", "function": function(Some("g"), "{}")})),
+        call(json!({"index": 0, "id": "", "function": {"arguments": "1}"}})),
+        json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}),
+    ];
+    let upstream =
+        Upstream::start(answer("200 OK", "text/event-stream", &sse(&chunks)), false).await;
+    let work = testing::work(json!({"messages": []}), json!({}));
+    let completion = testing::run(&upstream.engine(), work).await.1.unwrap();
+    let made = |id: &str, name: &str, arguments: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+    let calls = json!([made("c1", "f", "{\"a\":1}"), made("c2", "g", "{}")]);
+    assert_eq!(completion.result["tool_calls"], calls);
+    assert_eq!(completion.result["finish_reason"], "tool_calls");
+}
+
+#[tokio::test]
+async fn a_busy_server_is_left_alone_as_long_as_it_asks() {
+    let failure = failure(
+        "HTTP/1.1 429 Too Many\r\nretry-after: 7\r\nconnection: close\r\n\r\n\
+         {\"error\":\"Model is overloaded\",\"error_type\":\"overloaded\"}"
+            .into(),
+    )
+    .await;
+    assert_eq!((failure.retry_after, failure.retryable), (Some(Duration::from_secs(7)), true));
+    assert_eq!(failure.message, "Model is overloaded");
+}
+
+/// What a stream says after its status was sent: TGI's, vLLM's old and new, `OpenAI`'s dialect.
+#[tokio::test]
+async fn errors_inside_a_stream_are_read_in_every_dialect() {
+    let cases = [
+        (json!({"error": "Input too long", "error_type": "validation"}), false, "INPUT_REJECTED"),
+        (json!({"error": "Overloaded", "error_type": "overloaded"}), true, "ENGINE_ERROR"),
+        (json!({"error": "CUDA error", "error_type": "generation"}), true, "ENGINE_ERROR"),
+        (
+            json!({"object": "error", "message": "too long", "type": "BadRequestError", "code": 400}),
+            false,
+            "INPUT_REJECTED",
+        ),
+        (json!({"error": {"message": "no", "code": "400"}}), false, "INPUT_REJECTED"),
+        (
+            json!({"error": {"message": "no", "type": "invalid_request_error", "code": null}}),
+            false,
+            "INPUT_REJECTED",
+        ),
+        (json!({"error": {"message": "boom", "type": "server_error"}}), true, "ENGINE_ERROR"),
+    ];
+    for (said, retryable, reason) in cases {
+        let told = answer("200 OK", "text/event-stream", &sse(std::slice::from_ref(&said)));
+        let failure = failure(told).await;
+        assert_eq!((failure.retryable, failure.reason.as_str()), (retryable, reason), "{said}");
+    }
 }

@@ -5,18 +5,24 @@
 //! The upstream request lives inside the attempt's future: dropping it closes the
 //! connection, at which such servers stop computing.
 
+mod answer;
+mod failures;
+
 use std::{fmt, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use futures_util::{FutureExt as _, future::BoxFuture};
 use parking_lot::RwLock;
-use reqwest::{Client, Response, StatusCode, Url, header::CONTENT_TYPE};
+use reqwest::{Client, Response, Url, header::CONTENT_TYPE};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use self::{
+    answer::Answer,
+    failures::{garbled, refused, unreachable},
+};
 use super::{
-    Change, Completion, Engine, Failure, Loaded, Progress, Tuned, Work, read,
-    sse::{Event, Parser},
+    Change, Completion, Engine, Failure, Loaded, Progress, Tuned, Work, read, sse::Parser,
 };
 use crate::{
     agent::emitter::Emitter,
@@ -112,48 +118,6 @@ struct Listed {
     id: String,
 }
 
-/// A chunk of the stream, or the whole answer of a server that does not stream.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Chunk {
-    choices: Vec<Choice>,
-    usage: Option<Usage>,
-    error: Option<Value>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Choice {
-    index: u64,
-    text: Option<String>,
-    delta: Option<Message>,
-    message: Option<Message>,
-    finish_reason: Option<String>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Message {
-    content: Option<String>,
-}
-
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(default)]
-struct Usage {
-    prompt_tokens: u64,
-    completion_tokens: u64,
-}
-
-/// What the stream has said so far.
-#[derive(Debug, Default)]
-struct Answer {
-    text: String,
-    n_pieces: u64,
-    finish_reason: Option<String>,
-    usage: Option<Usage>,
-    done: bool,
-}
-
 impl OpenAi {
     /// An engine for the server of `settings`.
     ///
@@ -224,18 +188,16 @@ impl OpenAi {
         }
         let mut response = request.send().await.map_err(|error| unreachable(&error))?;
         if !response.status().is_success() {
-            return Err(refused(response).await);
+            return Err(refused(response, &work.clock).await);
         }
 
         let mut answer = Answer::default();
         if is_json(&response) {
             let body = response.bytes().await.map_err(|error| unreachable(&error))?;
-            let chunk = serde_json::from_slice(&body).map_err(|error| garbled(&error))?;
-            answer.take(chunk, &emitter).await?;
-            answer.done = true;
+            answer.whole(&body, &emitter).await?;
         } else {
             let (mut parser, mut events) = (Parser::default(), Vec::new());
-            while !answer.done {
+            while !answer.is_done() {
                 let Some(bytes) = response.chunk().await.map_err(|error| unreachable(&error))?
                 else {
                     break;
@@ -336,128 +298,10 @@ impl OpenAi {
     }
 }
 
-impl Answer {
-    async fn event(&mut self, event: &Event, emitter: &Emitter) -> Result<(), Failure> {
-        let data = event.data.trim();
-        if self.done || data.is_empty() {
-            return Ok(());
-        }
-        if data == "[DONE]" {
-            self.done = true;
-            return Ok(());
-        }
-        let chunk: Chunk = serde_json::from_str(data).map_err(|error| garbled(&error))?;
-        self.take(chunk, emitter).await
-    }
-
-    async fn take(&mut self, chunk: Chunk, emitter: &Emitter) -> Result<(), Failure> {
-        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
-            return Err(upstream_error(&error));
-        }
-        self.usage = chunk.usage.or(self.usage);
-        for choice in chunk.choices.into_iter().filter(|choice| choice.index == 0) {
-            let message = choice.delta.or(choice.message).and_then(|message| message.content);
-            self.finish_reason = choice.finish_reason.or(self.finish_reason.take());
-            let piece = choice.text.or(message).unwrap_or_default();
-            if !piece.is_empty() {
-                self.text.push_str(&piece);
-                self.n_pieces += 1;
-                emitter.token(piece).await?;
-            }
-        }
-        Ok(())
-    }
-
-    fn complete(self) -> Result<Completion, Failure> {
-        if !self.done && self.finish_reason.is_none() {
-            let message = "the engine's stream ended before its end";
-            return Err(Failure::new(Reason::EngineError, true, message));
-        }
-        let usage =
-            self.usage.unwrap_or(Usage { prompt_tokens: 0, completion_tokens: self.n_pieces });
-        let finish_reason = self.finish_reason.map_or(Value::Null, Value::String);
-        Ok(Completion {
-            result: Map::from_iter([
-                ("text".to_owned(), Value::String(self.text)),
-                ("finish_reason".to_owned(), finish_reason),
-            ]),
-            tokens_in: usage.prompt_tokens,
-            tokens_out: usage.completion_tokens,
-        })
-    }
-}
-
 fn is_json(response: &Response) -> bool {
     let kind = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     kind.is_some_and(|kind| kind.trim_start().starts_with("application/json"))
 }
 
-/// No answer, or an answer that broke off.
-fn unreachable(error: &reqwest::Error) -> Failure {
-    let what = if error.is_timeout() {
-        "the engine did not answer in time"
-    } else if error.is_connect() {
-        "the engine cannot be reached"
-    } else {
-        "the connection to the engine broke"
-    };
-    tracing::debug!(error = ?error, "{what}");
-    Failure::new(Reason::EngineError, true, what)
-}
-
-fn garbled(error: &dyn fmt::Display) -> Failure {
-    Failure::new(Reason::EngineError, true, format!("the engine's answer cannot be read: {error}"))
-}
-
-/// An answer with an error status.
-async fn refused(response: Response) -> Failure {
-    /// Enough of an error page to find a message in.
-    const LIMIT: usize = 64 << 10;
-    let status = response.status();
-    let mut response = response;
-    let mut body = Vec::new();
-    // What can be read of the body is enough: the status has already told the failure.
-    while let Ok(Some(bytes)) = response.chunk().await {
-        body.extend_from_slice(&bytes);
-        if body.len() >= LIMIT {
-            break;
-        }
-    }
-    let parsed: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
-    let message = message_of(parsed.get("error").unwrap_or(&parsed));
-    let message = message.unwrap_or_else(|| format!("the engine answered {status}"));
-    by_status(status, message)
-}
-
-/// An error inside a stream.
-fn upstream_error(error: &Value) -> Failure {
-    let message = message_of(error).unwrap_or_else(|| "the engine reported an error".into());
-    let code = error.get("code").and_then(Value::as_u64).and_then(|code| u16::try_from(code).ok());
-    match code.and_then(|code| StatusCode::from_u16(code).ok()) {
-        Some(status) => by_status(status, message),
-        None => Failure::new(Reason::EngineError, true, message),
-    }
-}
-
-/// The message of an error body, in the forms that servers use.
-fn message_of(error: &Value) -> Option<String> {
-    let text = error.as_str().or_else(|| {
-        ["message", "detail"].iter().find_map(|name| error.get(*name).and_then(Value::as_str))
-    })?;
-    let text = text.trim();
-    let end = text.floor_char_boundary(1000);
-    (!text.is_empty()).then(|| text[..end].to_owned())
-}
-
-fn by_status(status: StatusCode, message: String) -> Failure {
-    let failure = match status.as_u16() {
-        400 | 413 | 422 => Failure::input(message),
-        408 | 425 | 429 | 500.. => Failure::new(Reason::EngineError, true, message),
-        _ => Failure::new(Reason::EngineError, false, message),
-    };
-    failure.with("http_status", status.as_u16())
-}
-
 #[cfg(test)]
-#[path = "openai_tests.rs"]
 mod tests;
