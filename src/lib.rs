@@ -83,6 +83,7 @@ pub mod queue;
 pub mod relay;
 pub mod supervisor;
 pub mod telemetry;
+pub mod tls;
 
 pub mod agent;
 pub mod bench;

@@ -28,6 +28,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("supervisor", &[]),
     ("telemetry", &["config", "supervisor"]),
+    ("tls", &[]),
     // Kernels know no noun of the domain.
     ("db", &["supervisor"]),
     ("events", &["db", "supervisor"]),
@@ -58,17 +59,18 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     ("queues", KERNELS_AND_KEYS),
     // Edges.
-    ("grpc", &["config", "supervisor", "telemetry", "keys"]),
+    ("grpc", &["config", "supervisor", "telemetry", "tls", "keys"]),
     ("gateway", &["config", "telemetry", "keys", "grpc"]),
     // The agent shares the pure halves of the protocol and nothing else of the server.
     // For Rust programs: the generated clients, and how errors come back.
-    ("client", &["grpc::status"]),
+    ("client", &["grpc::status", "tls"]),
     (
         "agent",
         &[
             "config",
             "supervisor",
             "telemetry",
+            "tls",
             "runners::protocol",
             "grpc::status",
             "queue::ModelPattern",
@@ -190,7 +192,7 @@ fn faults(source: &Source) -> Vec<String> {
     }
     let serves = matches!(source.role(), "service" | "convert");
     let at_edge = OPEN.contains(&module)
-        || matches!(module, "grpc" | "gateway" | "agent" | "client" | "telemetry")
+        || matches!(module, "grpc" | "gateway" | "agent" | "client" | "telemetry" | "tls")
         || serves;
     if let Some(edges) = edges {
         for (first, second) in source.crate_paths() {

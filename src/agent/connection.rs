@@ -9,13 +9,14 @@ use prost::Message as _;
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
-    transport::{Channel, ClientTlsConfig, Endpoint},
+    transport::{Channel, Endpoint},
 };
 
 use crate::{
     error::{Reason, reason_name},
     grpc::status,
     pb::{self, runner_service_client::RunnerServiceClient},
+    tls::Trust,
 };
 
 /// Makes a new connection each time it is called. Tests and simulations bring their own.
@@ -42,7 +43,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub fn endpoint(server: &str) -> anyhow::Result<Endpoint> {
     let address =
         if server.contains("://") { server.to_owned() } else { format!("http://{server}") };
-    let endpoint = Endpoint::from_shared(address.clone())
+    Endpoint::from_shared(address)
         .with_context(|| format!("`{server}` is no server address"))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -52,24 +53,20 @@ pub fn endpoint(server: &str) -> anyhow::Result<Endpoint> {
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
         .user_agent(concat!("baton-runner/", env!("CARGO_PKG_VERSION")))
-        .context("the user agent is a valid header")?;
-    if !address.starts_with("https://") {
-        return Ok(endpoint);
-    }
-    endpoint
-        .tls_config(ClientTlsConfig::new().with_enabled_roots())
-        .with_context(|| format!("cannot set up TLS for `{server}`"))
+        .context("the user agent is a valid header")
 }
 
-/// Connects to `server` over TCP, or TLS for `https`.
+/// Connects to `server` over TCP, or TLS for `https`. Each connection reads the files of
+/// `trust` anew, so that a certificate that is renewed is used from then on.
 ///
 /// # Errors
-/// When the address is malformed.
-pub fn connector(server: &str) -> anyhow::Result<Connector> {
-    let endpoint = endpoint(server)?;
+/// When the address is malformed, or a file cannot be used.
+pub fn connector(server: &str, trust: &Trust) -> anyhow::Result<Connector> {
+    let (endpoint, trust) = (endpoint(server)?, trust.clone());
+    trust.secure(endpoint.clone())?;
     Ok(Arc::new(move || {
-        let endpoint = endpoint.clone();
-        Box::pin(async move { Ok(endpoint.connect().await?) })
+        let secured = trust.secure(endpoint.clone());
+        Box::pin(async move { Ok(secured?.connect().await?) })
     }))
 }
 

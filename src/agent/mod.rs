@@ -52,6 +52,7 @@ use crate::{
     id::Entropy,
     pb,
     runners::protocol::{Backoff, feature},
+    tls::Trust,
 };
 
 /// How the agent talks to the server.
@@ -73,6 +74,8 @@ pub struct Config {
     pub server: String,
     /// API key with scope `runner`; none where the server asks for none.
     pub api_key: Option<String>,
+    /// How runner and server know each other where the address is `https://…`.
+    pub trust: Trust,
     /// Stable name, unique in the namespace; see [`default_runner_id`].
     pub runner_id: String,
     /// Labels that tasks may require.
@@ -103,6 +106,7 @@ impl Config {
         Self {
             server: server.into(),
             api_key: None,
+            trust: Trust::default(),
             runner_id: default_runner_id(entropy),
             labels: BTreeMap::new(),
             pools: Vec::new(),
@@ -122,6 +126,7 @@ impl fmt::Debug for Config {
         f.debug_struct("Config")
             .field("server", &self.server)
             .field("api_key", &self.api_key.as_ref().map(|_| "[redacted]"))
+            .field("trust", &self.trust)
             .field("runner_id", &self.runner_id)
             .field("labels", &self.labels)
             .field("pools", &self.pools)
@@ -162,7 +167,7 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let engine = engine::load(&config.engine).await?;
-    let connector = connection::connector(&config.server)?;
+    let connector = connection::connector(&config.server, &config.trust)?;
     run_with(config, engine, connector, clock, entropy, shutdown).await
 }
 

@@ -214,7 +214,7 @@ impl Rig {
         config.slots = 2;
         configure(&mut config);
         let shutdown = Shutdown::default();
-        let connector = super::connection::connector(&config.server).unwrap();
+        let connector = super::connection::connector(&config.server, &config.trust).unwrap();
         let mut runner = JoinSet::new();
         runner.spawn(super::run_with(
             config,

@@ -50,6 +50,8 @@ const TOKEN_MARGIN: Duration = Duration::from_mins(5);
 pub struct App {
     /// Where it listens.
     pub addr: SocketAddr,
+    /// Whether it speaks TLS there.
+    pub is_tls: bool,
     /// Its loops and connections.
     pub supervisor: Supervisor,
     /// Its metrics.
@@ -85,6 +87,8 @@ impl App {
         entropy: Entropy,
     ) -> anyhow::Result<Self> {
         config.validate()?;
+        let tls = place::acceptor(&config.tls)?;
+        let is_tls = tls.is_some();
         place::raise_descriptor_limit();
         let data_dir = &config.storage.data_dir;
         let lock = place::lock_data_dir(data_dir)?;
@@ -191,15 +195,20 @@ impl App {
         let edge = Edge::new(calls, http, &entropy);
         let threads_end = CancellationToken::new();
         let threads = config.server.io_threads;
+        if let Some(acceptor) = tls.clone() {
+            loops.spawn_loop("certificate", acceptor.watch(clock.clone()));
+        }
+        let port = serve::Port { edge, tls };
         loops.spawn_flushing_loop("accept", {
-            serve::serve(listener, edge, threads, threads_end.clone())
+            serve::serve(listener, port, threads, threads_end.clone())
         });
         tasks::recovery::waiting(&parts).await?;
         loops.spawn_loop("health", follow_storage(health.clone(), parts, registry));
-        tracing::info!(%addr, data_dir = %data_dir.display(), "serving");
+        tracing::info!(%addr, tls = is_tls, data_dir = %data_dir.display(), "serving");
         let grace = config.server.shutdown_grace;
         Ok(Self {
             addr,
+            is_tls,
             supervisor,
             metrics,
             keyring,

@@ -9,7 +9,11 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::keys::Keyring;
+use crate::{
+    config,
+    keys::Keyring,
+    tls::{Acceptor, Files},
+};
 
 /// Opens the port, with a backlog for herds of runners that return at once.
 pub(super) fn bind(addr: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
@@ -25,6 +29,20 @@ pub(super) fn bind(addr: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> 
         }
         _ => anyhow::Error::new(error).context(format!("cannot listen on {addr}")),
     })
+}
+
+/// Reads the certificate, where one is configured.
+pub(super) fn acceptor(config: &config::Tls) -> anyhow::Result<Option<Acceptor>> {
+    if config.cert.is_empty() {
+        return Ok(None);
+    }
+    let client_ca = Some(&config.client_ca).filter(|path| !path.is_empty());
+    let files = Files {
+        cert: PathBuf::from(&config.cert),
+        key: PathBuf::from(&config.key),
+        client_ca: client_ca.map(PathBuf::from),
+    };
+    Ok(Some(Acceptor::load(files)?))
 }
 
 /// Makes the data directory, unless it is there, for its owner alone.

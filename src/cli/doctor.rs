@@ -156,8 +156,11 @@ async fn server(client: &Client, checks: &mut Vec<Check>, exit: &mut Exit) {
         }
         Err(error) => {
             *exit = Exit::Unreachable;
-            let hint = "is this the address of a baton server?".into();
-            checks.push(check("health", Mark::Bad, error.message(), Some(hint)));
+            let failure = super::exit::Failure::of_call("ask for its health", &error);
+            // It would name this very command otherwise.
+            let of_tls = failure.hints.into_iter().find(|hint| hint.contains("--"));
+            let hint = of_tls.unwrap_or_else(|| "is this the address of a baton server?".into());
+            checks.push(check("health", Mark::Bad, failure.message, Some(hint)));
             return;
         }
     }

@@ -11,6 +11,7 @@ use crate::{
     error::{self, Kind},
     grpc::status,
     pb,
+    tls::PLAIN,
 };
 
 /// Result of a command.
@@ -132,14 +133,37 @@ impl Failure {
         self
     }
 
+    /// Adds what to do where client and server do not agree about TLS, by the words of `cause`.
+    fn of_tls(self, cause: &str) -> Self {
+        const CA: &str =
+            "name the CA that vouches for the server: --ca-cert FILE (or BATON_CA_CERT)";
+        let hint = if cause.contains(PLAIN) {
+            "speak it: --address https://HOST:PORT (or BATON_ADDRESS)"
+        } else if cause.contains("UnknownIssuer") || cause.contains("BadSignature") {
+            CA
+        } else if cause.contains("not valid for name") || cause.contains("NotValidForName") {
+            "reach the server by a name that its certificate has: --address https://NAME:PORT"
+        } else if cause.contains("CertificateRequired") {
+            "the server asks for a certificate: --client-cert FILE --client-key FILE"
+        } else {
+            return self;
+        };
+        self.hint(hint)
+    }
+
     /// An error of a call, with what was being done, such as `submit the task`.
     pub fn of_call(doing: &str, error: &Status) -> Self {
         let known = status::error_reason(error);
         let reason: Option<Box<str>> = known.as_ref().map(|(reason, _)| reason.as_str().into());
         let mut exit = exit_of(error.code());
         let mut message = error.message().to_owned();
+        let cause = root_cause(error);
+        let wants_tls = known.is_none() && cause.contains(PLAIN);
         // Every answer of a baton server has a reason: this one is the transport's, or a stranger's.
-        if known.is_none()
+        if wants_tls {
+            exit = Exit::Unreachable;
+            message = "the server speaks TLS, and was spoken to without".into();
+        } else if known.is_none()
             && matches!(
                 error.code(),
                 Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal
@@ -149,6 +173,12 @@ impl Failure {
             message = format!("lost the connection to the server ({message})");
         }
         let mut failure = Self::new(exit, format!("cannot {doing}: {message}"));
+        if known.is_none() {
+            failure = failure.of_tls(&cause);
+        }
+        if wants_tls {
+            return failure;
+        }
         failure.reason.clone_from(&reason);
         failure.correlation_id = error
             .metadata()
@@ -241,7 +271,9 @@ impl From<ConnectError> for Failure {
     fn from(error: ConnectError) -> Self {
         let message = error.to_string();
         match error {
-            ConnectError::Address(_) | ConnectError::Key => Self::usage(message),
+            ConnectError::Address(_) | ConnectError::Key | ConnectError::Tls(_) => {
+                Self::usage(message)
+            }
             ConnectError::Unreachable { address, source } => {
                 let failure = Self::new(Exit::Unreachable, message).cause(root_cause(&source));
                 // What rustls makes of an answer that is not TLS.
@@ -252,6 +284,11 @@ impl From<ConnectError> for Failure {
                     return failure
                         .cause("whoever listens there does not speak TLS")
                         .hint(format!("go without: --address http://{rest}"));
+                }
+                let cause = failure.causes[0].clone();
+                let failure = failure.of_tls(&cause);
+                if !failure.hints.is_empty() {
+                    return failure;
                 }
                 failure
                     .hint("start a server on this machine: baton dev")

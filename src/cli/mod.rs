@@ -31,7 +31,7 @@ use self::{
     exit::{Exit, Failure, Outcome},
     output::{Format, Output},
 };
-use crate::{bench, client::Client, clock::Clock, config::units};
+use crate::{bench, client::Client, clock::Clock, config::units, tls::Trust};
 
 /// Where a client finds its server.
 pub const DEFAULT_ADDRESS: &str = "http://127.0.0.1:7070";
@@ -56,6 +56,16 @@ pub struct Globals {
     /// File with the API key; the variable `BATON_API_KEY` may hold the key itself
     #[arg(long, global = true, env = "BATON_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
+    /// PEM file with the CAs that are trusted, and no others, where the address is https://…;
+    /// without it the system's and the public ones are
+    #[arg(long, global = true, env = "BATON_CA_CERT", value_name = "FILE")]
+    ca_cert: Option<PathBuf>,
+    /// PEM file with a certificate of one's own, where the server asks for one
+    #[arg(long, global = true, env = "BATON_CLIENT_CERT", value_name = "FILE")]
+    client_cert: Option<PathBuf>,
+    /// PEM file with the key of that certificate
+    #[arg(long, global = true, env = "BATON_CLIENT_KEY", value_name = "FILE")]
+    client_key: Option<PathBuf>,
     /// Form of the output
     #[arg(short, long, global = true, env = "BATON_OUTPUT", value_enum, default_value = "text")]
     output: Format,
@@ -132,6 +142,9 @@ pub struct Context {
     pub timeout: Option<Duration>,
     address: String,
     api_key_file: Option<PathBuf>,
+    ca_cert: Option<PathBuf>,
+    client_cert: Option<PathBuf>,
+    client_key: Option<PathBuf>,
 }
 
 impl Context {
@@ -148,6 +161,9 @@ impl Context {
             timeout: globals.timeout,
             address: globals.address.clone(),
             api_key_file: globals.api_key_file.clone(),
+            ca_cert: globals.ca_cert.clone(),
+            client_cert: globals.client_cert.clone(),
+            client_key: globals.client_key.clone(),
         }
     }
 
@@ -176,9 +192,26 @@ impl Context {
         Ok(Some(key))
     }
 
+    /// Whom a client trusts, and who it is.
+    pub fn trust(&self) -> Outcome<Trust> {
+        let identity = match (&self.client_cert, &self.client_key) {
+            (None, None) => None,
+            (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
+            (Some(_), None) => {
+                return Err(Failure::usage("--client-cert needs its key: --client-key FILE"));
+            }
+            (None, Some(_)) => {
+                let text = "--client-key needs its certificate: --client-cert FILE";
+                return Err(Failure::usage(text));
+            }
+        };
+        Ok(Trust { ca: self.ca_cert.clone(), identity })
+    }
+
     /// A connected client.
     pub async fn client(&self) -> Outcome<Client> {
-        let client = Client::connect(&self.address, self.api_key()?.as_deref()).await?;
+        let (key, trust) = (self.api_key()?, self.trust()?);
+        let client = Client::connect_with(&self.address, key.as_deref(), &trust).await?;
         Ok(match self.timeout {
             Some(timeout) => client.with_timeout(timeout),
             None => client,

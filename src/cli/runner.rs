@@ -188,6 +188,7 @@ async fn start(context: &Context, args: &StartArgs) -> Outcome {
     let entropy = Entropy::system();
     let mut config = agent::Config::new(context.address(), args.settings()?, &entropy);
     config.api_key = context.api_key()?;
+    config.trust = context.trust()?;
     if let Some(name) = &args.name {
         config.runner_id.clone_from(name);
     }

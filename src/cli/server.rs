@@ -22,6 +22,7 @@ use crate::{
     error::{Error, Kind},
     id::Entropy,
     telemetry::Telemetry,
+    tls,
 };
 
 /// Where the configuration comes from.
@@ -36,6 +37,37 @@ pub struct ConfigArgs {
     /// Directory of the database and the files
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    tls: TlsArgs,
+}
+
+/// With which certificate a server speaks TLS.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TlsArgs {
+    /// Speak TLS: PEM file with the server's certificate, leaf first; read again when it changes
+    #[arg(long = "tls-cert", value_name = "FILE")]
+    cert: Option<PathBuf>,
+    /// PEM file with the key of the certificate
+    #[arg(long = "tls-key", value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// PEM file with the CAs of which clients must show a certificate
+    #[arg(long = "tls-client-ca", value_name = "FILE")]
+    client_ca: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    /// Adds what was given.
+    pub fn add_to(&self, sources: &mut Sources) {
+        for (key, file, flag) in [
+            ("tls.cert", &self.cert, "--tls-cert"),
+            ("tls.key", &self.key, "--tls-key"),
+            ("tls.client_ca", &self.client_ca, "--tls-client-ca"),
+        ] {
+            if let Some(file) = file {
+                sources.flag(key, file.display(), flag);
+            }
+        }
+    }
 }
 
 impl ConfigArgs {
@@ -48,6 +80,7 @@ impl ConfigArgs {
         if let Some(dir) = &self.data_dir {
             sources.flag("storage.data_dir", dir.display(), "--data-dir");
         }
+        self.tls.add_to(&mut sources);
         sources
     }
 
@@ -92,7 +125,8 @@ async fn start(context: &Context, args: &ConfigArgs) -> Outcome {
     let app = App::start(config, context.clock.clone(), Entropy::system())
         .await
         .map_err(|error| start_failure(error, "baton server start", Some(wanted)))?;
-    context.output.note(format!("baton {} serves on {}", env!("CARGO_PKG_VERSION"), app.addr));
+    let how = if app.is_tls { ", with TLS" } else { "" };
+    context.output.note(format!("baton {} serves on {}{how}", env!("CARGO_PKG_VERSION"), app.addr));
     context.output.next("data", data_dir.display());
     if let Some(path) = &app.first_key {
         context.output.next("first admin key", path.display());
@@ -100,7 +134,7 @@ async fn start(context: &Context, args: &ConfigArgs) -> Outcome {
             "try it",
             format_args!(
                 "baton --address {} --api-key-file {} doctor",
-                local_url(app.addr),
+                local_url(&app),
                 path.display()
             ),
         );
@@ -117,15 +151,20 @@ pub fn socket_addr(text: &str) -> Result<SocketAddr, String> {
     parsed.map_err(|_| "write an IP address and a port, such as 127.0.0.1:7070".into())
 }
 
-/// The address under which this machine reaches a server that listens on `addr`.
-pub fn local_url(mut addr: SocketAddr) -> String {
+/// The address under which this machine reaches a server.
+pub fn local_url(app: &App) -> String {
+    local_url_of(app.addr, app.is_tls)
+}
+
+fn local_url_of(mut addr: SocketAddr, is_tls: bool) -> String {
     if addr.ip().is_unspecified() {
         addr.set_ip(match addr {
             SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
             SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
         });
     }
-    format!("http://{addr}")
+    let scheme = if is_tls { "https" } else { "http" };
+    format!("{scheme}://{addr}")
 }
 
 /// Waits for a signal, or for the server to ask for its own end.
@@ -176,6 +215,10 @@ pub fn start_failure(error: anyhow::Error, command: &str, addr: Option<SocketAdd
         return Failure { exit: Exit::Usage, ..Failure::from(error) }.hint(format!(
             "choose an address and a port of your own: {command} --addr 127.0.0.1:7070"
         ));
+    }
+    if error.is::<tls::Error>() {
+        return Failure { exit: Exit::Usage, ..Failure::from(error) }
+            .hint("see where it comes from: baton server print-config --origin");
     }
     if let Some(inner) = error.downcast_ref::<Error>().filter(|e| e.kind() == Kind::Unavailable) {
         return storage::unusable(error.to_string(), inner);
@@ -249,6 +292,8 @@ pub const DEV_GRACE: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     #[test]
@@ -259,9 +304,10 @@ mod tests {
 
     #[test]
     fn a_server_on_all_addresses_is_reached_on_loopback() {
-        assert_eq!(local_url(SocketAddr::from(([0; 4], 80))), "http://127.0.0.1:80");
-        assert_eq!(local_url(SocketAddr::from(([0u16; 8], 80))), "http://[::1]:80");
-        assert_eq!(local_url(SocketAddr::from(([10, 0, 0, 7], 80))), "http://10.0.0.7:80");
+        let url = |ip: IpAddr, is_tls| local_url_of(SocketAddr::from((ip, 80)), is_tls);
+        assert_eq!(url([0; 4].into(), false), "http://127.0.0.1:80");
+        assert_eq!(url([0u16; 8].into(), true), "https://[::1]:80");
+        assert_eq!(url([10, 0, 0, 7].into(), false), "http://10.0.0.7:80");
     }
 
     #[test]

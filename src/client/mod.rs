@@ -27,7 +27,7 @@ use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Channel, ClientTlsConfig, Endpoint},
+    transport::{Channel, Endpoint},
 };
 
 use crate::{
@@ -37,6 +37,7 @@ use crate::{
         self, key_service_client::KeyServiceClient, queue_service_client::QueueServiceClient,
         runner_service_client::RunnerServiceClient, task_service_client::TaskServiceClient,
     },
+    tls::{self, Trust},
 };
 
 pub use follow::{Follow, Update};
@@ -81,6 +82,9 @@ pub enum ConnectError {
     /// The key has characters that no header can carry.
     #[error("the API key has characters that no header can carry")]
     Key,
+    /// The files for TLS cannot be used.
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
     /// Nobody answers there.
     #[error("cannot reach the server at {address}")]
     Unreachable {
@@ -103,9 +107,19 @@ pub struct Client {
 
 impl Client {
     /// Connects, with an API key where the server asks for one. The address is a URL;
-    /// without a scheme it is plain HTTP.
+    /// without a scheme it is plain HTTP. With `https` the server must be known to the system's
+    /// or the built-in CAs.
     pub async fn connect(address: &str, api_key: Option<&str>) -> Result<Self, ConnectError> {
-        let endpoint = endpoint(address)?;
+        Self::connect_with(address, api_key, &Trust::default()).await
+    }
+
+    /// Connects to a server that a CA of its own vouches for, or that asks for a certificate.
+    pub async fn connect_with(
+        address: &str,
+        api_key: Option<&str>,
+        trust: &Trust,
+    ) -> Result<Self, ConnectError> {
+        let endpoint = trust.secure(endpoint(address)?)?;
         let channel = endpoint.connect().await.map_err(|source| ConnectError::Unreachable {
             address: endpoint.uri().to_string().trim_end_matches('/').to_owned(),
             source,
@@ -296,7 +310,7 @@ fn endpoint(address: &str) -> Result<Endpoint, ConnectError> {
     if endpoint.uri().host().is_none_or(str::is_empty) || !matches!(&*scheme, "http" | "https") {
         return Err(wrong());
     }
-    let endpoint = endpoint
+    endpoint
         .connect_timeout(Duration::from_secs(5))
         .tcp_nodelay(true)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -305,13 +319,7 @@ fn endpoint(address: &str) -> Result<Endpoint, ConnectError> {
         .keep_alive_timeout(Duration::from_secs(10))
         .keep_alive_while_idle(true)
         .user_agent(concat!("baton/", env!("CARGO_PKG_VERSION")))
-        .map_err(|_| wrong())?;
-    if scheme == "https" {
-        return endpoint
-            .tls_config(ClientTlsConfig::new().with_enabled_roots())
-            .map_err(|_| wrong());
-    }
-    Ok(endpoint)
+        .map_err(|_| wrong())
 }
 
 #[cfg(test)]

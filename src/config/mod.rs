@@ -19,6 +19,8 @@ pub use load::{ConfigError, Entry, Loaded, Origin, Sources, load, variable};
 pub struct Config {
     /// Address, threads, shutdown.
     pub server: Server,
+    /// TLS on the one port.
+    pub tls: Tls,
     /// What one client may use up.
     pub limits: Limits,
     /// Credentials.
@@ -61,6 +63,20 @@ impl Default for Server {
             reflection: true,
         }
     }
+}
+
+/// TLS on the one port. The files are read again when they change, without a restart.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tls {
+    /// PEM file with the server's certificate and those between it and a CA, leaf first.
+    /// Default: the port serves in the clear.
+    pub cert: String,
+    /// PEM file with the key of the certificate.
+    pub key: String,
+    /// PEM file with CAs. Clients must then show a certificate of one of them, runners and
+    /// health checks included; who calls is still said by the credential of the call.
+    pub client_ca: String,
 }
 
 /// What one client may use up.
@@ -343,6 +359,13 @@ impl Config {
                     self.server.addr
                 ),
             );
+        }
+        let tls = &self.tls;
+        if tls.cert.is_empty() && !(tls.key.is_empty() && tls.client_ca.is_empty()) {
+            return refuse("tls.cert", "must be set when tls.key or tls.client_ca is".into());
+        }
+        if tls.key.is_empty() && !tls.cert.is_empty() {
+            return refuse("tls.key", "must be set when tls.cert is".into());
         }
         let (limits, runners) = (&self.limits, &self.runners);
         let least: [(&str, u64, u64); 13] = [

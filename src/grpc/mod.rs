@@ -11,6 +11,7 @@ pub mod serve;
 pub mod status;
 #[cfg(test)]
 mod tests;
+mod wire;
 mod work;
 
 pub use body::{Guarded, code_name};

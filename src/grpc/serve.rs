@@ -1,4 +1,4 @@
-//! The accept loop: one port for gRPC (HTTP/2, prior knowledge) and HTTP/1.1.
+//! The accept loop: one port for gRPC (HTTP/2, by ALPN or prior knowledge) and HTTP/1.1.
 //!
 //! Every connection is under a limit from its first moment: a cap in all and per address, a
 //! time to say something, pings, windows, header sizes, resets. On shutdown the listener
@@ -10,12 +10,8 @@ use std::{
     future::Future,
     io,
     net::{IpAddr, SocketAddr},
-    pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    task::{Context, Poll},
+    pin::pin,
+    sync::Arc,
     time::Duration,
 };
 
@@ -26,15 +22,19 @@ use hyper_util::{
 };
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite},
     sync::mpsc,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::layers::Edge;
+use super::{
+    layers::Edge,
+    wire::{Heard, Wire},
+};
 use crate::{
     faults::{self, Fault},
     telemetry::ReasonLabel,
+    tls::{Acceptor, Refused},
 };
 
 /// An HTTP/2 client says this much before anything else, and HTTP/1.1 hardly less.
@@ -82,20 +82,30 @@ impl Listener for tokio::net::TcpListener {
     }
 }
 
+/// What every connection of a port shares.
+#[derive(Clone)]
+pub struct Port {
+    /// Answers its requests.
+    pub edge: Edge,
+    /// Shakes hands first; none serves in the clear.
+    pub tls: Option<Acceptor>,
+}
+
 /// Accepts until the supervisor's token is cancelled. With more than one I/O thread the
 /// connections are dealt to threads of their own, which end when `threads_end` is cancelled.
 pub async fn serve<L: Listener>(
     mut listener: L,
-    edge: Edge,
+    port: Port,
     io_threads: usize,
     threads_end: CancellationToken,
 ) -> anyhow::Result<()> {
+    let edge = &port.edge;
     let stop = edge.supervisor().token();
-    let caps = Caps::new(&edge);
+    let caps = Caps::new(edge);
     let threads = match io_threads {
         0 | 1 => Vec::new(),
         n => (0..n)
-            .map(|i| start_thread::<L>(i, edge.clone(), threads_end.clone()))
+            .map(|i| start_thread::<L>(i, port.clone(), threads_end.clone()))
             .collect::<io::Result<Vec<_>>>()?,
     };
     let mut turn = 0_usize;
@@ -117,7 +127,7 @@ pub async fn serve<L: Listener>(
         };
         let Some(place) = caps.admit(peer.ip()) else { continue };
         if threads.is_empty() {
-            take_up::<L>(&edge, conn, peer, place);
+            take_up::<L>(&port, conn, peer, place);
             continue;
         }
         turn = (turn + 1) % threads.len();
@@ -140,7 +150,7 @@ type Accepted<C> = (C, SocketAddr, Place);
 
 fn start_thread<L: Listener>(
     index: usize,
-    edge: Edge,
+    port: Port,
     end: CancellationToken,
 ) -> io::Result<mpsc::Sender<Accepted<L::Conn>>> {
     let (sender, mut accepted) = mpsc::channel::<Accepted<L::Conn>>(HANDOVER);
@@ -148,7 +158,7 @@ fn start_thread<L: Listener>(
     std::thread::Builder::new().name(format!("baton-io-{index}")).spawn(move || {
         runtime.block_on(async move {
             while let Some((conn, peer, place)) = accepted.recv().await {
-                take_up::<L>(&edge, conn, peer, place);
+                take_up::<L>(&port, conn, peer, place);
             }
             // The connections of this thread live on its runtime until they are drained.
             end.cancelled().await;
@@ -157,23 +167,47 @@ fn start_thread<L: Listener>(
     Ok(sender)
 }
 
-fn take_up<L: Listener>(edge: &Edge, conn: L::Conn, peer: SocketAddr, place: Place) {
+fn take_up<L: Listener>(port: &Port, conn: L::Conn, peer: SocketAddr, place: Place) {
     match L::attach(conn) {
         Ok(io) => {
-            let connection = connection(io, peer, edge.clone(), place);
-            edge.supervisor().spawn("connection", connection);
+            let connection = connection(io, peer, port.clone(), place);
+            port.edge.supervisor().spawn("connection", connection);
         }
         Err(error) => tracing::warn!(%error, "cannot take up a connection"),
     }
 }
 
-async fn connection<I>(io: I, peer: SocketAddr, edge: Edge, place: Place)
+async fn connection<I>(io: I, peer: SocketAddr, port: Port, place: Place)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let Port { edge, tls } = port;
     let limits = edge.limits();
-    let heard = Arc::new(AtomicU64::new(0));
-    let io = TokioIo::new(Heard { io, heard: heard.clone() });
+    let stop = edge.supervisor().token();
+    let mut silence = pin!(tokio::time::sleep(limits.handshake_timeout));
+    let wire = match &tls {
+        None => Wire::Plain(io),
+        Some(acceptor) => {
+            let shaken = tokio::select! {
+                biased;
+                shaken = acceptor.accept(io) => shaken,
+                () = stop.cancelled() => return,
+                () = silence.as_mut() => return place.caps.refused("handshake_timeout"),
+            };
+            match shaken {
+                Ok(stream) => Wire::Tls(Box::new(stream)),
+                Err(error) => {
+                    match error {
+                        Refused::Left => tracing::debug!(%peer, "{error}"),
+                        Refused::Plain | Refused::Handshake(_) => tracing::info!(%peer, "{error}"),
+                    }
+                    return place.caps.refused(error.reason());
+                }
+            }
+        }
+    };
+    let heard = Arc::<Heard>::default();
+    let io = TokioIo::new(heard.clone().of(wire));
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
@@ -193,8 +227,6 @@ where
         .max_pending_accept_reset_streams(limits.pending_resets)
         .max_local_error_reset_streams(LOCAL_ERROR_RESETS)
         .max_send_buf_size(SEND_BUFFER);
-    let mut silence = pin!(tokio::time::sleep(limits.handshake_timeout));
-    let stop = edge.supervisor().token();
     let calls = edge.clone();
     let service =
         service_fn(move |request: http::Request<Incoming>| calls.clone().call(peer, request));
@@ -207,6 +239,10 @@ where
                 if let Err(error) = ended {
                     tracing::debug!(%peer, %error, "connection ended");
                 }
+                if tls.is_none() && heard.is_tls() {
+                    tracing::info!(%peer, "the peer spoke TLS, which this port does not; it is to use http://, or the server to be given a certificate (tls.cert, tls.key)");
+                    place.caps.refused("tls");
+                }
                 break;
             }
             () = stop.cancelled(), if !draining => {
@@ -215,7 +251,7 @@ where
             }
             () = silence.as_mut(), if !may_be_silent => {
                 may_be_silent = true;
-                if heard.load(Ordering::Relaxed) < PREFACE {
+                if heard.bytes() < PREFACE {
                     place.caps.refused("silent");
                     break;
                 }
@@ -287,57 +323,5 @@ impl Drop for Place {
                 open.remove(&self.ip);
             }
         }
-    }
-}
-
-/// Counts the bytes that a peer sent.
-struct Heard<I> {
-    io: I,
-    heard: Arc<AtomicU64>,
-}
-
-impl<I: AsyncRead + Unpin> AsyncRead for Heard<I> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
-        let read = (buf.filled().len() - before) as u64;
-        if read > 0 {
-            self.heard.fetch_add(read, Ordering::Relaxed);
-        }
-        polled
-    }
-}
-
-impl<I: AsyncWrite + Unpin> AsyncWrite for Heard<I> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

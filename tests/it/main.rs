@@ -24,4 +24,5 @@ mod shutdown;
 mod storage;
 mod streams;
 mod tasks;
+mod tls;
 mod tokens;

@@ -156,7 +156,7 @@ impl Bench {
         let threads = config.server.io_threads;
         supervisor.spawn_flushing_loop(
             "accept",
-            serve::serve(listener, edge, threads, threads_end.clone()),
+            serve::serve(listener, serve::Port { edge, tls: None }, threads, threads_end.clone()),
         );
         Self { addr, odd, keyring, metrics, supervisor, threads_end, _dir: dir }
     }

@@ -49,6 +49,11 @@ impl Api {
         Self { channel: endpoint.connect_lazy(), credential: default() }
     }
 
+    /// A caller over a channel made elsewhere.
+    pub fn over(channel: Channel) -> Self {
+        Self { channel, credential: default() }
+    }
+
     /// The same address with a key or token.
     pub fn with_key(&self, key: &str) -> Self {
         let value = format!("Bearer {key}").parse().expect("a key in ASCII");
