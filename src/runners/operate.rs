@@ -107,7 +107,7 @@ impl Registry {
     /// # Errors
     /// The runner's refusal; when it does not understand the order, or leaves without an answer;
     /// when the time is over, at which the command goes on.
-    pub async fn order(&self, namespace: &Namespace, order: Order, wait: Duration) -> Result<Seen> {
+    pub async fn order(&self, namespace: &Namespace, order: Order, wait: Duration) -> Result<()> {
         let runner = order.runner.clone();
         let mut stage = self.send_order(namespace, order)?;
         let stop = self.supervisor().token();
@@ -127,7 +127,7 @@ impl Registry {
         };
         match ended {
             Ok(Stage::Failed(refusal)) => Err(refusal.error()),
-            Ok(Stage::Sent | Stage::Accepted | Stage::Done) => self.get(namespace, &runner),
+            Ok(Stage::Sent | Stage::Accepted | Stage::Done) => Ok(()),
             // Forgotten among many others; it has ended, nobody knows how.
             Err(_) => Err(Refusal::gone("it was forgotten among later ones").error()),
         }

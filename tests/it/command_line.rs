@@ -243,6 +243,54 @@ async fn an_interrupt_leaves_a_followed_task_alone_and_a_second_cancels_it() {
     server.api().wait_for(&task.task_id, &[TaskState::Cancelled], SOON).await;
 }
 
+#[tokio::test]
+async fn every_order_to_a_runner_has_a_command_that_tells_how_it_ended() {
+    let server = Server::start(FAST).await;
+    let runner = server.dir.path().join("r1.log");
+    let mut start = command(&server, &["runner", "start", "--engine", "echo", "--no-model"]);
+    let mut process = Process::spawn(start.args(["--name", "r1"]), &runner);
+    let get = || run(&server, &["runner", "get", "r1", "-o", "json"]);
+    eventually("the runner is there", SOON, || async { get().status.success().then_some(()) })
+        .await;
+    let ok = |args: &[&str]| {
+        let output = run(&server, &[&["runner"], args].concat());
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+        output
+    };
+
+    ok(&["apply", "r1", "a/b"]);
+    assert_eq!(document(&get())["models"], serde_json::json!(["a/b"]));
+    assert_eq!(stdout(&run(&server, &["run", "a/b", "-q", "-i", "text=hi"])), "hi");
+    ok(&["tune", "r1", "delay_ms=1"]);
+    assert_eq!(document(&get())["engine_params"]["delay_ms"], 1.0);
+    ok(&["tune", "r1", "delay_ms=null"]);
+    ok(&["reload", "r1"]);
+    ok(&["pause", "r1"]);
+    assert_eq!(document(&get())["state"], "STATE_PAUSED");
+    ok(&["resume", "r1"]);
+    assert_eq!(document(&get())["state"], "STATE_READY");
+    let done = document(&ok(&["drain", "r1", "--wait", "-o", "json"]));
+    assert!(done.is_object(), "{done}");
+    assert_eq!(document(&get())["state"], "STATE_DRAINING");
+    ok(&["resume", "r1"]);
+    ok(&["apply", "r1", "a/b", "--unload"]);
+    let shown = run(&server, &["runner", "get", "r1"]);
+    assert!(stdout(&shown).contains("drain"), "its latest commands: {}", stdout(&shown));
+
+    // What the engine does not know is named, and an absent runner has the exit code of absence.
+    let refused = run(&server, &["runner", "tune", "r1", "warmth=3"]);
+    assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+    assert!(stderr(&refused).contains("warmth"), "{}", stderr(&refused));
+    for verb in [&["pause", "r2"][..], &["drain", "r2"], &["apply", "r2", "a/b"]] {
+        let absent = run(&server, &[&["runner"], verb].concat());
+        assert_eq!(absent.status.code(), Some(3), "{verb:?}: {}", stderr(&absent));
+        assert!(stderr(&absent).contains("baton runner list"), "{}", stderr(&absent));
+    }
+
+    ok(&["drain", "r1", "--exit", "--wait"]);
+    assert!(process.exited(SOON).await.success());
+}
+
 /// The shell blocks of a document, from a heading on to the next one like it, or all.
 fn blocks(name: &str, heading: Option<&str>) -> String {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(name);

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     error::{Error, Kind, Reason},
     grpc::{auth::principal, protocol::CallTimeout},
-    id::RunnerId,
+    id::{Namespace, RunnerId},
     keys::Scope,
     pb::{self, server::runner_service_server},
 };
@@ -201,7 +201,8 @@ impl runner_service_server::RunnerService for Service {
         let caller = principal(&request)?;
         caller.require(Scope::Admin)?;
         if request.get_ref().wait {
-            self.order(request, commands::drain).await?;
+            // The runner may have left by now, as it was asked to.
+            self.obey(request, commands::drain).await?;
         } else {
             let order = commands::drain(request.into_inner())?;
             // Its answer is shown to who asks for the runner.
@@ -247,19 +248,31 @@ impl runner_service_server::RunnerService for Service {
 }
 
 impl Service {
-    /// Gives an order and waits for the runner's answer as long as the call may last.
+    /// Gives an order, waits for the runner's answer and shows the runner.
     async fn order<T>(
         &self,
         request: Request<T>,
         parse: fn(T) -> Result<Order, Error>,
     ) -> Result<Response<pb::Runner>, Status> {
+        let (namespace, runner) = self.obey(request, parse).await?;
+        let seen = self.0.get(&namespace, &runner)?;
+        Ok(Response::new(commands::runner(&seen)))
+    }
+
+    /// Gives an order and waits for the runner's answer as long as the call may last.
+    async fn obey<T>(
+        &self,
+        request: Request<T>,
+        parse: fn(T) -> Result<Order, Error>,
+    ) -> Result<(Namespace, RunnerId), Status> {
         let caller = principal(&request)?;
         caller.require(Scope::Admin)?;
         let given = request.extensions().get::<CallTimeout>().map(|timeout| timeout.0);
         let wait = given.unwrap_or(MAX_COMMAND_WAIT).min(MAX_COMMAND_WAIT);
         let order = parse(request.into_inner())?;
-        let seen = self.0.order(&caller.namespace, order, wait).await?;
-        Ok(Response::new(commands::runner(&seen)))
+        let runner = order.runner.clone();
+        self.0.order(&caller.namespace, order, wait).await?;
+        Ok((caller.namespace, runner))
     }
 
     /// The first message, which must come soon.
