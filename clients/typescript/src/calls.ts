@@ -15,7 +15,7 @@ import {
 } from "@bufbuild/protobuf";
 import { MethodOptions_IdempotencyLevel } from "@bufbuild/protobuf/wkt";
 
-import { BatonError, callTimedOut, isTransient, keyUnavailable } from "./errors.js";
+import { BatonError, callTimedOut, clientClosed, isTransient, keyUnavailable } from "./errors.js";
 import { http } from "./gen/google/api/annotations_pb.js";
 import { backoffMs, sleep, spanMs, type Clock, type TimeSpan } from "./time.js";
 import type { Transport } from "./transport.js";
@@ -58,6 +58,7 @@ export type ServiceClient<S extends DescService> = {
 export class Calls {
   /** Shared by all. */
   readonly settings: CallSettings;
+  #closed = false;
 
   constructor(settings: CallSettings) {
     this.settings = settings;
@@ -162,10 +163,17 @@ export class Calls {
     return client as ServiceClient<S>;
   }
 
+  /** Ends all calls; there are no more. */
+  close(): void {
+    this.#closed = true;
+    this.settings.transport.close();
+  }
+
   /** Headers of a call. A function that gets the key does not hold up an abort. */
   private async headers(signal: AbortSignal): Promise<Record<string, string>> {
     const { key } = this.settings;
     if (signal.aborted) throw signal.reason;
+    if (this.#closed) throw clientClosed();
     if (key === undefined) return {};
     if (typeof key === "string") return { authorization: `Bearer ${key}` };
     let leave: (() => void) | undefined;

@@ -302,9 +302,9 @@ export class BatonClient {
     return this.#calls.client(service);
   }
 
-  /** Lets go of connections; open calls and streams end. */
+  /** Lets go of connections; open calls and streams end, and there are no more. */
   close(): void {
-    this.#calls.settings.transport.close();
+    this.#calls.close();
   }
 
   #following<T extends StreamOptions>(options: T): T & { patienceMs: number } {

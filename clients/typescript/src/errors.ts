@@ -35,14 +35,16 @@ export type Code = Exclude<(typeof CODES)[number], "OK">;
  * Why a call or a task failed. Names of the server are those of `ErrorReason`
  * in the contract, and a newer server may have more. Made by the client:
  * `CONNECTION_LOST` (no answer, or it broke off), `KEY_UNAVAILABLE` (the function
- * that gets the key failed), `STREAM_GAP` (tokens are lost for good), `UNKNOWN`
- * (an answer that is not Baton's, such as a proxy's).
+ * that gets the key failed), `STREAM_GAP` (tokens are lost for good),
+ * `CLIENT_CLOSED` (by `close`), `UNKNOWN` (an answer that is not Baton's, such as
+ * a proxy's).
  */
 export type Reason =
   | Exclude<keyof typeof ErrorReason, "UNSPECIFIED">
   | "CONNECTION_LOST"
   | "KEY_UNAVAILABLE"
   | "STREAM_GAP"
+  | "CLIENT_CLOSED"
   | "UNKNOWN"
   | (string & {});
 
@@ -339,6 +341,11 @@ function readDetail(detail: Detail) {
 /** The connection broke, or there never was one. */
 export function connectionLost(message: string, cause?: unknown): BatonError {
   return errorOf({ code: "UNAVAILABLE", reason: "CONNECTION_LOST", message, cause });
+}
+
+/** `close` was called. */
+export function clientClosed(): BatonError {
+  return errorOf({ code: "FAILED_PRECONDITION", reason: "CLIENT_CLOSED", message: "the client was closed" });
 }
 
 /** The function that gets the key failed. Networks fail together, so that it may work soon. */

@@ -18,7 +18,10 @@ export type { TlsOptions };
 export interface NodeOptions extends BatonOptions {
   /** Address of the server. Default: `BATON_ADDRESS`, or else http://127.0.0.1:7070. */
   url?: string | URL | undefined;
-  /** Certificates for an `https` address. */
+  /**
+   * Certificates for an `https` address. Default: the files `BATON_CA_CERT`,
+   * `BATON_CLIENT_CERT` and `BATON_CLIENT_KEY`, as the command line has them.
+   */
   tls?: TlsOptions | undefined;
 }
 
@@ -34,11 +37,21 @@ export class Baton extends BatonClient {
     if (parsed === undefined || !/^https?:$/.test(parsed.protocol)) {
       throw invalid("url", `is ${String(url)}: write for example http://127.0.0.1:7070`);
     }
-    super(new GrpcTransport(parsed, options.tls), { ...options, key: options.key ?? keyOfEnvironment() });
+    super(new GrpcTransport(parsed, options.tls ?? tlsOfEnvironment()), { ...options, key: options.key ?? keyOfEnvironment() });
   }
 }
 
 function keyOfEnvironment(): string | undefined {
   const file = env["BATON_API_KEY_FILE"];
   return file ? readFileSync(file, "utf8").trim() : env["BATON_API_KEY"] || undefined;
+}
+
+function tlsOfEnvironment(): TlsOptions {
+  const files = { ca: env["BATON_CA_CERT"], cert: env["BATON_CLIENT_CERT"], key: env["BATON_CLIENT_KEY"] };
+  const tls: TlsOptions = {};
+  for (const name of ["ca", "cert", "key"] as const) {
+    const file = files[name];
+    if (file) tls[name] = readFileSync(file);
+  }
+  return tls;
 }

@@ -12,7 +12,7 @@ import {
   type MessageShape,
 } from "@bufbuild/protobuf";
 
-import { connectionLost, errorOfStatus, type BatonError, type Detail } from "./errors.js";
+import { clientClosed, connectionLost, errorOfStatus, type BatonError, type Detail } from "./errors.js";
 import { httpRequest } from "./http-rule.js";
 import { SseDecoder } from "./sse.js";
 import type { Clock } from "./time.js";
@@ -89,7 +89,7 @@ export class FetchTransport implements Transport {
   }
 
   close(): void {
-    for (const call of this.#open) call.abort(connectionLost("the client was closed"));
+    for (const call of this.#open) call.abort(clientClosed());
   }
 
   /** Runs a call that `close` ends too. */
@@ -167,7 +167,10 @@ async function refusal(response: Response): Promise<BatonError> {
   }
   const code = CODES[response.status] ?? UNKNOWN;
   const message = `the answer is HTTP ${response.status}, and not of Baton`;
-  return errorOfStatus(code, message, [], correlationId);
+  const retryAfter = Number(response.headers.get("retry-after") ?? NaN);
+  const details: Detail[] = [];
+  if (Number.isFinite(retryAfter)) details.push({ type: "google.rpc.RetryInfo", value: { retryDelay: `${retryAfter}s` } });
+  return errorOfStatus(code, message, details, correlationId);
 }
 
 function statusError(json: JsonValue, correlationId: string | undefined): BatonError {

@@ -11,7 +11,7 @@ import type {
 } from "@bufbuild/protobuf";
 import type { SecureClientSessionOptions } from "node:http2";
 
-import { connectionLost, errorOfStatus, type Detail } from "./errors.js";
+import { clientClosed, errorOfStatus, type Detail } from "./errors.js";
 import type { CallContext, Transport } from "./transport.js";
 
 /** Silent connections are asked this often whether they live: less than what proxies allow. */
@@ -100,7 +100,7 @@ export class GrpcTransport implements Transport {
   }
 
   close(): void {
-    for (const { sessions } of this.#connections) sessions.abort(connectionLost("the client was closed"));
+    for (const { sessions } of this.#connections) sessions.abort(clientClosed());
     this.#connections.length = 0;
   }
 

@@ -221,7 +221,9 @@ test("a token that ran out is renewed once, where a function gives another", asy
   const scripts = [expired, () => ({ answers: [ended(1)] })];
   assert.equal((await all(client(scripts, { key: () => "new" }).baton.stream("t").events())).length, 1);
   await assert.rejects(all(client(scripts, { key: "fixed" }).baton.stream("t")), { reason: "UNAUTHENTICATED" });
-  await assert.rejects(all(client([expired], { key: () => "bad" }).baton.stream("t")), { reason: "UNAUTHENTICATED" });
+  const { baton, transport } = client([expired], { key: () => "bad" });
+  await assert.rejects(all(baton.stream("t")), { reason: "UNAUTHENTICATED" });
+  assert.equal(transport.calls.length, 2);
 });
 
 test("a run that breaks before its task is known is made again under the same id", async () => {

@@ -2,15 +2,14 @@
 
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { promisify } from "node:util";
 
-import { chromium, type BrowserContext, type Page } from "playwright-core";
+import type { Page } from "playwright-core";
 
 import { Baton } from "../src/node.js";
+import { openPage, type OpenPage } from "./chromium.js";
 import { eventually, freePort, Server, SOON } from "./server.js";
 
 const ROOT = join(import.meta.dirname, "../..");
@@ -18,10 +17,8 @@ const EXAMPLES = join(ROOT, "examples");
 
 describe("a page in Chromium", { timeout: 180_000 }, () => {
   let server: Server;
-  let profile: string;
-  let browser: BrowserContext;
+  let open: OpenPage;
   let page: Page;
-  const problems: string[] = [];
 
   before(async () => {
     const origin = `http://127.0.0.1:${await freePort()}`;
@@ -29,29 +26,11 @@ describe("a page in Chromium", { timeout: 180_000 }, () => {
     const env = { BATON_ADDRESS: server.url, BATON_API_KEY: server.key(), PORT: new URL(origin).port };
     server.spawn("example", process.execPath, [join(EXAMPLES, "chat/server.mjs")], env);
     await eventually("the example's backend", () => server.log("example").includes("open http") || undefined);
-    profile = mkdtempSync(join(tmpdir(), "baton-page-"));
-    browser = await chromium.launchPersistentContext(profile, {
-      executablePath: process.env["CHROMIUM"] ?? "/usr/bin/chromium",
-      headless: true,
-      viewport: { width: 1000, height: 800 },
-      args: [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-      ],
-    });
-    page = await browser.newPage();
-    page.setDefaultTimeout(SOON);
-    page.on("pageerror", (error) => problems.push(String(error)));
-    await page.goto(origin);
+    open = await openPage(origin);
+    page = open.page;
   });
   after(async () => {
-    await browser?.close();
-    rmSync(profile, { recursive: true, force: true });
+    await open?.close();
     await server?.stop();
   });
 
@@ -68,7 +47,7 @@ describe("a page in Chromium", { timeout: 180_000 }, () => {
     await page.waitForSelector("#pill[data-state=reconnecting]");
     await page.screenshot({ path: join(ROOT, "build/page-reconnecting.png") });
     await server.start();
-    await page.waitForSelector("#pill[data-state=ended], #pill[data-state=failed]");
+    await page.waitForSelector("#pill[data-state=ended]");
     await page.screenshot({ path: join(ROOT, "build/page-ended.png") });
 
     const pieces = await page.$$eval("#output span", (spans) =>
@@ -76,7 +55,7 @@ describe("a page in Chromium", { timeout: 180_000 }, () => {
     );
     assert.deepEqual(pieces.map(({ index }) => index), [...Array(300).keys()]);
     assert.equal(pieces.map(({ text }) => text).join(""), whole.text);
-    assert.deepEqual(problems, []);
+    assert.deepEqual(open.problems, []);
     baton.close();
   });
 
@@ -86,7 +65,7 @@ describe("a page in Chromium", { timeout: 180_000 }, () => {
     await page.waitForFunction(() => document.querySelectorAll("#output span").length >= 3);
     await page.click("#stop");
     await page.waitForSelector("#pill:has-text('the task goes on')");
-    assert.deepEqual(problems, []);
+    assert.deepEqual(open.problems, []);
   });
 });
 

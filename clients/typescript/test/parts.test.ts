@@ -46,11 +46,11 @@ test("lengths of time are milliseconds or texts, and others are refused by name"
   assert.deepEqual([seconds, nanos], [1n, 500_000_000]);
 });
 
-const STREAM = "retry: 2000\r\n\r\n: comment\nid: 1\nevent: token\ndata: {\"a\": \"é€😀\"}\n\ndata\ndata:  two\r\rid: 2\0\nevent: x\n\ndata: last\n\n";
+const STREAM = "retry: 2000\r\n\r\n: comment\nid: 1\nevent: token\ndata: {\"a\": \"é€😀\"}\n\ndata\ndata:  two\r\rid: 2\0\nevent: x\n\ndata: la\r\ndata: st\r\n\r\n";
 const READ: ServerSentEvent[] = [
   { event: "token", data: '{"a": "é€😀"}', id: "1" },
   { event: "message", data: "\n two", id: "1" },
-  { event: "message", data: "last", id: "1" },
+  { event: "message", data: "la\nst", id: "1" },
 ];
 
 test("server-sent events are read however the stream is cut", () => {
@@ -155,6 +155,8 @@ test("each family has its class, and what no server wrote is a lost connection",
     assert.ok(errors.isTransient(error));
   }
   assert.equal(errors.errorOfStatus(12, "no such page", []).reason, "UNKNOWN");
+  const foreign = [{ type: ErrorInfoSchema.typeName, value: { reason: "QUOTA", domain: "proxy.example" } }];
+  assert.equal(errors.errorOfStatus(8, "slow down", foreign).reason, "UNKNOWN");
 });
 
 test("reasons are the contract's", () => {

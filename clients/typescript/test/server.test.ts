@@ -147,6 +147,18 @@ for (const [transport, connect] of Object.entries(CLIENTS)) {
       silent.close();
     });
 
+    test("a client that is closed ends its streams, and makes no more calls", async () => {
+      const task = await baton.submit("nobody/serves-this", {});
+      const own = connect({ url: server.url });
+      const events = own.stream(task.id).events();
+      await events.next();
+      const next = events.next();
+      own.close();
+      await assert.rejects(next, { reason: "CLIENT_CLOSED" });
+      await assert.rejects(own.get(task.id), { reason: "CLIENT_CLOSED" });
+      await task.cancel();
+    });
+
     test("lists come page by page, by filter", async () => {
       const labels = { "list/of": `${transport} & more=yes` };
       const ids: string[] = [];

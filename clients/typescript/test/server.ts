@@ -3,6 +3,8 @@
 import { spawn, type ChildProcess } from "node:child_process";
 import { once } from "node:events";
 import { closeSync, existsSync, mkdtempSync, openSync, readFileSync, rmSync } from "node:fs";
+import http, { type IncomingMessage } from "node:http";
+import https from "node:https";
 import { createServer, type AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -48,7 +50,7 @@ export class Server {
 
   /** Where it is. */
   get url(): string {
-    return `http://127.0.0.1:${this.port}`;
+    return `${this.args.includes("--tls") ? "https" : "http"}://127.0.0.1:${this.port}`;
   }
 
   /** Starts `baton dev` with these arguments; without `--no-runner` it has runners itself. */
@@ -75,8 +77,17 @@ export class Server {
     this.#server = child;
     await eventually("the server to be ready", async () => {
       if (child.exitCode !== null) throw new Error(`the server ended:\n${this.log()}`);
-      const answer = await fetch(`${this.url}/readyz`).catch(() => undefined);
-      return answer?.ok || undefined;
+      return (await this.#isReady()) || undefined;
+    });
+  }
+
+  #isReady(): Promise<boolean> {
+    return new Promise((resolve) => {
+      const ready = (answer: IncomingMessage) => resolve(answer.resume().statusCode === 200);
+      const request = this.url.startsWith("https:")
+        ? https.get(`${this.url}/readyz`, { rejectUnauthorized: false, agent: false }, ready)
+        : http.get(`${this.url}/readyz`, { agent: false }, ready);
+      request.on("error", () => resolve(false));
     });
   }
 
@@ -88,6 +99,11 @@ export class Server {
   /** The key that a server with `--auth` made at its first start. */
   key(): string {
     return readFileSync(join(this.dir, "data", "admin.key"), "utf8").trim();
+  }
+
+  /** The authority that vouches for a server with `--tls`. */
+  authority(): string {
+    return readFileSync(join(this.dir, "data", "tls", "ca.pem"), "utf8");
   }
 
   /** What a process said. */
