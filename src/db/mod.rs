@@ -284,10 +284,7 @@ impl Db {
         let pooled = self.0.readers.lock().pop();
         let conn = match pooled {
             Some(conn) => conn,
-            None => {
-                let options = self.0.options.clone().read_only(true);
-                open_connection(&options.pragma("cache_size", READER_CACHE)).await?
-            }
+            None => open_connection(&reader(&self.0.options)).await?,
         };
         let mut tx = Tx(conn);
         let result = f(&mut tx).await;
@@ -389,6 +386,11 @@ pub async fn watch_health(db: Db, clock: crate::clock::Clock) -> anyhow::Result<
 /// The outcome of what could not be committed.
 fn refused(error: Error) -> Result<()> {
     if faults::planted(Fault::AckFailedCommits) { Ok(()) } else { Err(error) }
+}
+
+/// Options of a connection that reads.
+fn reader(writer: &SqliteConnectOptions) -> SqliteConnectOptions {
+    writer.clone().read_only(true).pragma("cache_size", READER_CACHE)
 }
 
 async fn open_connection(options: &SqliteConnectOptions) -> Result<SqliteConnection> {
