@@ -14,7 +14,8 @@ use super::{
     client,
     figures::{Latency, histogram},
     process::{now_ns, rss_kib},
-    relay::{self, Server, entry, stamp},
+    readers::{self, entry},
+    relay::{self, Server, stamp},
     runner::{Order, Runner, Script},
     wire::{Connection, Receiver, Windows},
 };
@@ -43,7 +44,7 @@ pub async fn idle(server: Server, streams: usize) -> anyhow::Result<Idle> {
     for ids in ids.chunks(200) {
         let connection = server.connect().await?;
         for id in ids {
-            let mut receiver = relay::subscribe(&connection, &server, id).await?;
+            let mut receiver = readers::subscribe(&connection, &server, id).await?;
             if server.baton {
                 receiver.chunk(|_| ()).await.context("the first entry did not come")?;
             }

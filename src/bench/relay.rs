@@ -5,15 +5,15 @@ use std::{cell::RefCell, net::SocketAddr, rc::Rc, time::Duration};
 
 use anyhow::{Context as _, bail};
 use bytes::{BufMut as _, Bytes, BytesMut};
-use hdrhistogram::Histogram;
 use prost::encoding::{encode_varint, encoded_len_varint};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::{
     client,
-    figures::{Latency, histogram},
+    figures::Latency,
     process::{cpu_us, now_ns},
+    readers::{Events, Seen, read, read_events, subscribe, wait_for},
     runner::{Lease, Order, Runner, Script},
     wire::{self, Connection, Receiver, Sender, Windows},
     yardstick,
@@ -36,6 +36,8 @@ pub struct Spec {
     pub seconds: f64,
     /// Tokens in all when there is no rate.
     pub tokens: u64,
+    /// Subscribers read server-sent events, on a connection each.
+    pub events: bool,
 }
 
 /// A server to load.
@@ -107,6 +109,11 @@ pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
         }
     }
     for (at, lease) in feeds.iter().flat_map(|feed| &feed.leases).enumerate() {
+        if spec.events {
+            let events = Events::open(&spec.server, &lease.task_id).await?;
+            read_events(events, Rc::clone(&seen), spec.server.baton);
+            continue;
+        }
         let connection = &subscribers[at % spec.connections];
         let receiver = subscribe(connection, &spec.server, &lease.task_id).await?;
         read(receiver, Rc::clone(&seen), spec.server.baton);
@@ -253,97 +260,6 @@ fn bare_tokens(leases: &mut [Lease]) -> Bytes {
     wire::put_frame_head(&mut frame, body.len());
     frame.put_slice(&body);
     frame.freeze()
-}
-
-/// Opens a subscriber's stream.
-pub async fn subscribe(
-    connection: &Connection,
-    server: &Server,
-    task: &str,
-) -> anyhow::Result<Receiver> {
-    if server.baton {
-        return client::stream_task(connection, task, 0).await;
-    }
-    let (mut sender, mut receiver) = connection.call(yardstick::path::SUBSCRIBE).await?;
-    sender.send(wire::framed(&yardstick::Subscription { task: task.to_owned() }))?;
-    sender.finish()?;
-    receiver.accepted().await?;
-    Ok(receiver)
-}
-
-/// What subscribers saw, all together.
-struct Seen {
-    tokens: u64,
-    /// Tokens sent before this do not count for latency.
-    from_ns: u64,
-    latency: Histogram<u64>,
-    disorder: u64,
-    error: Option<String>,
-}
-
-impl Default for Seen {
-    fn default() -> Self {
-        Self { tokens: 0, from_ns: u64::MAX, latency: histogram(), disorder: 0, error: None }
-    }
-}
-
-/// Sequence of an entry, and the text of its token if it is one.
-pub fn entry(message: &[u8], baton: bool) -> (u64, Option<u64>) {
-    let (mut sequence, mut sent) = (0, None);
-    wire::fields(message, |number, value, integer| match (number, baton) {
-        (2, _) => sequence = integer,
-        (3, false) => sent = Some(integer),
-        (8, true) => wire::fields(value, |number, text, _| {
-            if number == 1 {
-                sent = Some(stamped(text));
-            }
-        }),
-        _ => {}
-    });
-    (sequence, sent)
-}
-
-fn read(mut receiver: Receiver, seen: Rc<RefCell<Seen>>, baton: bool) {
-    tokio::task::spawn_local(async move {
-        let mut last = 0;
-        loop {
-            let going = receiver.chunk(|message| {
-                let now = now_ns();
-                let mut seen = seen.borrow_mut();
-                let (sequence, sent) = entry(message, baton);
-                seen.disorder += u64::from(sequence != last + 1);
-                last = sequence;
-                let Some(sent) = sent else { return };
-                seen.tokens += 1;
-                if sent >= seen.from_ns {
-                    let _ = seen.latency.record(now.saturating_sub(sent));
-                }
-            });
-            match going.await {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(error) => {
-                    seen.borrow_mut().error = Some(format!("{error:#}"));
-                    break;
-                }
-            }
-        }
-    });
-}
-
-/// Waits until that many tokens came in all.
-async fn wait_for(seen: &Rc<RefCell<Seen>>, tokens: u64) -> anyhow::Result<()> {
-    let deadline = now_ns() + 20_000_000_000;
-    while seen.borrow().tokens < tokens {
-        if let Some(error) = &seen.borrow().error {
-            bail!("a subscriber's stream broke: {error}");
-        }
-        if now_ns() > deadline {
-            bail!("{} of {tokens} tokens came", seen.borrow().tokens);
-        }
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    Ok(())
 }
 
 async fn paced(

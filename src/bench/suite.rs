@@ -13,7 +13,7 @@ use super::{
     process::{Process, now_ns},
     relay::{self, Server},
     report::{Better, Row},
-    restart, tasks, unary, yardstick,
+    restart, shim, tasks, unary, yardstick,
 };
 
 /// How much to measure.
@@ -35,12 +35,14 @@ pub struct Plan {
 type Case = fn(&Plan) -> anyhow::Result<Vec<Row>>;
 
 /// The cases and the names that they go by, in order.
-const CASES: [(&str, Case); 11] = [
+const CASES: [(&str, Case); 13] = [
     ("G1,G3", paced),
     ("G2", stepped),
     ("G4", fastest),
     ("G7", idle),
     ("G8", slow),
+    ("G9", shim::events),
+    ("G10", shim::json_calls),
     ("G11,G13", whole_lives),
     ("G14", paced_tasks),
     ("G15", control_calls),
@@ -75,7 +77,8 @@ pub fn run(plan: &Plan, mut done: impl FnMut(&str, &[Row])) -> Vec<Row> {
 }
 
 impl Plan {
-    fn seconds(&self) -> f64 {
+    /// Length of a measured span.
+    pub(super) fn seconds(&self) -> f64 {
         if self.quick { 2.0 } else { 4.0 }
     }
 
@@ -89,7 +92,7 @@ impl Plan {
 }
 
 /// A directory that goes with its case.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(PathBuf);
 
 impl Scratch {
     /// Where a server keeps its data.
@@ -110,7 +113,7 @@ impl Drop for Scratch {
 }
 
 /// Runs a role to its end.
-fn play<T: DeserializeOwned>(role: &Role) -> anyhow::Result<T> {
+pub(super) fn play<T: DeserializeOwned>(role: &Role) -> anyhow::Result<T> {
     Process::role(role)?.answer()
 }
 
@@ -124,7 +127,7 @@ fn bare(relay: yardstick::Relay, threads: usize) -> anyhow::Result<(Process, Ser
 }
 
 /// A server of Baton that runs on an empty directory, credentials required.
-fn baton(plan: &Plan) -> anyhow::Result<((Process, Scratch), Server)> {
+pub(super) fn baton(plan: &Plan) -> anyhow::Result<((Process, Scratch), Server)> {
     let dir = plan.dir()?;
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
     let addr = listener.local_addr()?;
@@ -161,7 +164,7 @@ fn start(plan: &Plan, dir: &Scratch, addr: SocketAddr) -> anyhow::Result<Process
 }
 
 /// Runs the same load on a yardstick and on Baton, in turn.
-fn in_turn(
+pub(super) fn in_turn(
     plan: &Plan,
     relay: yardstick::Relay,
     threads: usize,
@@ -177,11 +180,11 @@ fn in_turn(
     Ok((floor, ours))
 }
 
-fn each<T>(outcomes: &[T], of: impl Fn(&T) -> f64) -> Vec<f64> {
+pub(super) fn each<T>(outcomes: &[T], of: impl Fn(&T) -> f64) -> Vec<f64> {
     outcomes.iter().map(of).collect()
 }
 
-fn lost(outcomes: &[relay::Outcome]) -> String {
+pub(super) fn lost(outcomes: &[relay::Outcome]) -> String {
     let lost: u64 = outcomes.iter().map(|outcome| outcome.lost).sum();
     let load = super::figures::median(outcomes.iter().map(|outcome| outcome.load_us));
     format!("{lost} tokens lost or out of order; load generator {load:.1} µs/token")
@@ -196,6 +199,7 @@ fn paced(plan: &Plan) -> anyhow::Result<Vec<Row>> {
         step: false,
         seconds: plan.seconds(),
         tokens: 0,
+        events: false,
     };
     let (floor, ours) = in_turn(plan, yardstick::Relay::Typed, 2, spec)?;
     let row = |goal, what, of: fn(&relay::Outcome) -> f64| {
@@ -227,6 +231,7 @@ fn stepped(plan: &Plan) -> anyhow::Result<Vec<Row>> {
         step: true,
         seconds: plan.seconds(),
         tokens: 0,
+        events: false,
     };
     let (floor, ours) = in_turn(plan, yardstick::Relay::Body, 1, spec)?;
     let row = |goal, what, of: fn(&relay::Outcome) -> f64| {
@@ -250,6 +255,7 @@ fn fastest(plan: &Plan) -> anyhow::Result<Vec<Row>> {
         step: false,
         seconds: 0.0,
         tokens: if plan.quick { 500_000 } else { 2_000_000 },
+        events: false,
     };
     let (floor, ours) = in_turn(plan, yardstick::Relay::Typed, 2, spec)?;
     let rate = |o: &relay::Outcome| o.tokens as f64 / o.seconds;

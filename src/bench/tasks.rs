@@ -16,7 +16,8 @@ use super::{
     client,
     figures::{Latency, histogram},
     process::{cpu_us, now_ns},
-    relay::{Server, entry, stamp, stamped},
+    readers::entry,
+    relay::{Server, stamp, stamped},
     runner::{Lease, Order, Runner, Script},
     wire,
 };

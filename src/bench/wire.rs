@@ -103,6 +103,35 @@ impl Connection {
         answer.ok_or_else(|| anyhow!("{path}: no answer"))
     }
 
+    /// Makes a request with JSON and returns the body of the answer; any status but that of a
+    /// success is an error.
+    pub async fn json(&self, method: Method, path: &str, body: Bytes) -> anyhow::Result<Bytes> {
+        let mut request = Request::builder()
+            .method(method)
+            .version(Version::HTTP_2)
+            .uri(format!("http://{}{path}", self.authority))
+            .header(header::CONTENT_TYPE, "application/json");
+        if let Some(credential) = &self.credential {
+            request = request.header(header::AUTHORIZATION, credential);
+        }
+        let mut requests = self.requests.clone().ready().await?;
+        let (response, mut sender) = requests.send_request(request.body(())?, body.is_empty())?;
+        if !body.is_empty() {
+            sender.send_data(body, true)?;
+        }
+        let (head, mut body) = response.await?.into_parts();
+        let mut answer = BytesMut::new();
+        while let Some(data) = body.data().await {
+            let data = data?;
+            body.flow_control().release_capacity(data.len())?;
+            answer.extend_from_slice(&data);
+        }
+        if !head.status.is_success() {
+            bail!("{path}: {}: {}", head.status, String::from_utf8_lossy(&answer));
+        }
+        Ok(answer.freeze())
+    }
+
     /// Makes a unary call.
     pub async fn unary<T: Message + Default>(
         &self,

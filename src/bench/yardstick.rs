@@ -1,5 +1,5 @@
-//! What the same work costs without Baton: a bare tonic relay (typed, or with bodies written by
-//! hand) and a unary echo. No credentials, no storage, no numbering, no metrics.
+//! What the same work costs without Baton: a bare tonic relay (typed, with bodies written by hand,
+//! or to server-sent events over HTTP/1.1) and a unary echo. No credentials, no storage, no numbering, no metrics.
 //!
 //! The services are written by hand, as generated code would be, so that no proto is needed.
 
@@ -36,12 +36,14 @@ pub mod path {
     pub const PUSH: &str = "/bench.Relay/Push";
     /// Relay to subscriber.
     pub const SUBSCRIBE: &str = "/bench.Relay/Subscribe";
+    /// Relay to a subscriber of server-sent events; the task follows.
+    pub const EVENTS: &str = "/events/";
     /// Unary echo.
     pub const ECHO: &str = "/bench.Relay/Echo";
 }
 
 /// One token on its way.
-#[derive(Clone, PartialEq, Message)]
+#[derive(Clone, PartialEq, Message, Serialize)]
 pub struct Token {
     /// The task.
     #[prost(string, tag = "1")]
@@ -88,6 +90,8 @@ pub enum Relay {
     Typed,
     /// Tokens are passed through as bytes; everything ready leaves in one DATA frame.
     Body,
+    /// prost messages in, JSON out: an event a token, encoded for each subscriber.
+    Events,
 }
 
 /// A yardstick's role.
@@ -126,6 +130,7 @@ pub fn serve(spec: Spec) -> anyhow::Result<()> {
             })
         });
         tonic::transport::Server::builder()
+            .accept_http1(spec.relay == Relay::Events)
             .initial_connection_window_size(16 << 20)
             .initial_stream_window_size(1 << 20)
             .add_service(service)
@@ -168,7 +173,7 @@ impl tower::Service<http::Request<Body>> for Service {
         let (relay, subscribers) = (self.relay, Arc::clone(&self.subscribers));
         Box::pin(async move {
             let answer = match (request.uri().path(), relay) {
-                (path::PUSH, Relay::Typed) => {
+                (path::PUSH, Relay::Typed | Relay::Events) => {
                     let mut grpc = Grpc::new(ProstCodec::<Payload, Tokens>::new());
                     grpc.streaming(TypedPush(subscribers), request).await
                 }
@@ -180,6 +185,7 @@ impl tower::Service<http::Request<Body>> for Service {
                     grpc.server_streaming(TypedSubscribe(subscribers), request).await
                 }
                 (path::SUBSCRIBE, Relay::Body) => body_subscribe(&subscribers, request).await,
+                (path, Relay::Events) => events_subscribe(&subscribers, path),
                 _ => Grpc::new(ProstCodec::<Payload, Payload>::new()).unary(Echo, request).await,
             };
             Ok(answer)
@@ -307,6 +313,53 @@ async fn body_subscribe(
         .headers_mut()
         .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/grpc"));
     response
+}
+
+fn events_subscribe(subscribers: &Subscribers, path: &str) -> http::Response<Body> {
+    let (sender, receiver) = mpsc::channel(LAG);
+    let task = path.strip_prefix(path::EVENTS).unwrap_or_default().to_owned();
+    subscribers.write().insert(task, Arc::new(Outlet::Typed(sender)));
+    let body = EventsBody { receiver, ready: Vec::with_capacity(64) };
+    let mut response = http::Response::new(Body::new(body));
+    response
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/event-stream"));
+    response
+}
+
+/// A response body that writes everything ready as events in one chunk.
+struct EventsBody {
+    receiver: mpsc::Receiver<Result<Token, Status>>,
+    ready: Vec<Result<Token, Status>>,
+}
+
+impl http_body::Body for EventsBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        match this.receiver.poll_recv_many(cx, &mut this.ready, 64) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(0) => Poll::Ready(None),
+            Poll::Ready(n) => {
+                let mut data = Vec::with_capacity(n * 160);
+                for token in this.ready.drain(..) {
+                    let token = token?;
+                    data.extend_from_slice(b"id: ");
+                    data.extend_from_slice(itoa::Buffer::new().format(token.sequence).as_bytes());
+                    data.extend_from_slice(b"\nevent: token\ndata: ");
+                    serde_json::to_writer(&mut data, &token)
+                        .map_err(|error| Status::internal(error.to_string()))?;
+                    data.extend_from_slice(b"\n\n");
+                }
+                Poll::Ready(Some(Ok(Frame::data(data.into()))))
+            }
+        }
+    }
 }
 
 /// A response body that writes everything ready into one DATA frame.
