@@ -9,7 +9,7 @@ use std::{
 
 use baton::{
     id::TaskId,
-    relay::{Encoded, Limits, Log, Ready, Relay, Subscriber},
+    relay::{Encoded, Entry, Limits, Log, Ready, Relay, Subscriber},
 };
 use bytes::BufMut;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -53,10 +53,10 @@ impl Feed {
     }
 }
 
-fn drain(reader: &mut Subscriber, out: &mut VecDeque<(u64, bytes::Bytes)>) -> usize {
+fn drain(reader: &mut Subscriber, out: &mut VecDeque<Entry>) -> usize {
     let mut n_frames = 0;
     let mut cx = Context::from_waker(Waker::noop());
-    while let Poll::Ready(Ready::Frames) = reader.poll_fill(&mut cx, out) {
+    while let Poll::Ready(Ready::Frames) = reader.poll_fill(&mut cx, out, false) {
         n_frames += out.len();
         out.clear();
     }

@@ -63,7 +63,7 @@
 //! # Where things are
 //!
 //! Kernels know no noun of the domain: [`clock`], [`id`], [`error`], [`db`], [`events`],
-//! [`queue`], [`blob`], [`relay`]. Slices have one noun each, and the same file names mean the same
+//! [`queue`], [`blob`], [`relay`], [`twin`]. Slices have one noun each, and the same file names mean the same
 //! role in each: `model`, `state`, `store`, `convert`, `service`. Edges know no SQL: [`grpc`],
 //! [`gateway`], [`agent`]. Imports point from edges to slices to kernels;
 //! `tests/architecture.rs` holds the code to it. [`faults`] are defects that tests plant.
@@ -84,6 +84,7 @@ pub mod relay;
 pub mod supervisor;
 pub mod telemetry;
 pub mod tls;
+pub mod twin;
 
 pub mod agent;
 pub mod bench;

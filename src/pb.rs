@@ -5,11 +5,15 @@
 
 #![allow(clippy::pedantic, clippy::all, missing_docs, reason = "generated code")]
 
+use std::sync::Arc;
+
 use bytes::{Buf, BufMut, Bytes};
 use prost::{
     DecodeError, Message,
     encoding::{DecodeContext, WireType},
 };
+
+use crate::twin::{self, Twin, Variant};
 
 /// The protos' own package.
 pub mod baton {
@@ -47,14 +51,24 @@ pub mod server {
 /// `FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/baton.bin"));
 
-/// The encoded bytes of one `TaskEvent`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Frame(pub Bytes);
+/// The encoded bytes of one `TaskEvent`, and its place in another encoding where it has one.
+#[derive(Clone, Debug, Default)]
+pub struct Frame(pub Bytes, Option<(Arc<Twin>, Variant)>);
 
 impl Frame {
+    /// An event that was encoded.
+    pub fn new(bytes: Bytes) -> Self {
+        Self(bytes, None)
+    }
+
+    /// An event with the twin of its entry; `variant` says what `bytes` are of it.
+    pub fn with_twin(bytes: Bytes, twin: Option<Arc<Twin>>, variant: Variant) -> Self {
+        Self(bytes, twin.map(|twin| (twin, variant)))
+    }
+
     /// Encodes an event.
     pub fn encode(event: &TaskEvent) -> Self {
-        Self(event.encode_to_vec().into())
+        Self::new(event.encode_to_vec().into())
     }
 
     /// Decodes the event.
@@ -66,6 +80,9 @@ impl Frame {
 impl Message for Frame {
     fn encode_raw(&self, buf: &mut impl BufMut) {
         buf.put_slice(&self.0);
+        if let Some((twin, variant)) = &self.1 {
+            twin::offer(&self.0, twin, *variant);
+        }
     }
 
     fn merge_field(
@@ -77,7 +94,7 @@ impl Message for Frame {
     ) -> Result<(), DecodeError> {
         let mut event = TaskEvent::decode(self.0.clone())?;
         event.merge_field(tag, wire_type, buf, ctx)?;
-        self.0 = event.encode_to_vec().into();
+        *self = Self::encode(&event);
         Ok(())
     }
 
@@ -86,6 +103,6 @@ impl Message for Frame {
     }
 
     fn clear(&mut self) {
-        self.0.clear();
+        *self = Self::default();
     }
 }

@@ -10,7 +10,7 @@ use std::{
 const MAX_LINES: usize = 500;
 
 /// What every module may import.
-const GROUND: &[&str] = &["error", "id", "clock", "faults", "json", "near"];
+const GROUND: &[&str] = &["error", "id", "clock", "faults", "json", "near", "twin"];
 
 /// What each module may import besides [`GROUND`], itself and what the wire rules allow.
 /// Direction of the whole: `main -> cli -> app -> gateway -> grpc -> slices -> kernels -> ground`.
@@ -25,6 +25,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("faults", &["config"]),
     // The known name that somebody most likely meant.
     ("near", &[]),
+    ("twin", &[]),
     ("config", &[]),
     ("supervisor", &[]),
     ("telemetry", &["config", "supervisor"]),

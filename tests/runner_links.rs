@@ -213,7 +213,7 @@ impl Server {
         let mut index = 0;
         for (_, frames) in segments.await.unwrap() {
             for frame in relay::frames(frames) {
-                let event = Frame(frame.unwrap()).event().unwrap();
+                let event = Frame::new(frame.unwrap()).event().unwrap();
                 if let Some(Body::Token(token)) = event.body {
                     assert_eq!(token.index, index);
                     index += 1;

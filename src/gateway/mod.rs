@@ -32,7 +32,7 @@ use tower_http::cors::CorsLayer;
 
 use self::{
     route::{Body as Holds, Route, Routes},
-    stream::Form,
+    stream::{Form, Style},
     template::{Captures, Found},
 };
 use crate::{
@@ -164,7 +164,9 @@ impl Gateway {
         Ok(match form {
             Some(form) => {
                 let resumed = last_event_id.is_some();
-                stream::response(routes.clone(), route, form, answer, resumed).await
+                let encoded = self.0.calls.metrics().json_answers.clone();
+                let style = Style { route, form, resumed, encoded };
+                stream::response(routes.clone(), style, answer).await
             }
             None => answer::unary(&routes, &route, answer).await,
         })

@@ -1,7 +1,10 @@
 //! The answers of a server-streaming call as server-sent events, as lines of JSON, or as one
-//! JSON array. Every answer that is ready goes out in one chunk.
+//! JSON array. Every answer that is ready goes out in one chunk. An answer that has a
+//! [twin](crate::twin) is made an event once for all who read it, in whatever form.
 
 use std::{
+    future::poll_fn,
+    ops::Range,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -11,24 +14,34 @@ use std::{
 use axum::body::Body;
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
-use http_body::Frame;
-use http_body_util::BodyExt as _;
+use http_body::{Body as _, Frame};
+use prometheus_client::metrics::counter::Counter;
 use tokio::time::{Instant, Sleep};
 use tonic::{Code, Status};
 
 use super::{
     answer,
     call::PREFIX,
-    mapping::wire::{self, Value},
-    route::{Route, Routes},
+    mapping::{
+        Unwritable,
+        wire::{self, Value},
+    },
+    route::{Events, Route, Routes},
 };
-use crate::{error::Error, grpc::Guarded};
+use crate::{
+    error::Error,
+    grpc::Guarded,
+    twin::{self, Offer},
+};
 
 /// Proxies close connections on which nothing happens, some after 30 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// How long a browser waits before it connects again.
 const RETRY: &[u8] = b"retry: 2000\n\n";
+
+/// What the line of an event's JSON begins with.
+const DATA: &[u8] = b"data: ";
 
 /// A stream that a browser resumes ends at once when it has ended before. It is looked at this
 /// long, to tell the browser by 204 that it need not come again.
@@ -86,20 +99,32 @@ impl Form {
     }
 }
 
-/// The response to a streaming call. `resumed` says that a browser came back by itself.
+/// How the answers of one call are written.
+pub struct Style {
+    /// What the call is to.
+    pub route: Arc<Route>,
+    /// How answers are written.
+    pub form: Form,
+    /// A browser came back by itself.
+    pub resumed: bool,
+    /// Counts answers that were encoded.
+    pub encoded: Counter,
+}
+
+/// The response to a streaming call.
 pub async fn response(
     routes: Arc<Routes>,
-    route: Arc<Route>,
-    form: Form,
+    style: Style,
     answer: Response<Guarded>,
-    resumed: bool,
 ) -> Response<Body> {
+    let Style { route, form, resumed, encoded } = style;
     let (head, mut body) = answer.into_parts();
     if let Some(refusal) = answer::refused(&routes, &head.headers) {
         return refusal;
     }
-    let mut first = None;
-    if resumed && let Ok(frame) = tokio::time::timeout(PEEK, body.frame()).await {
+    let (mut first, mut offers) = (None, Vec::new());
+    let peek = poll_fn(|cx| twin::collect(&mut offers, || Pin::new(&mut body).poll_frame(cx)));
+    if resumed && let Ok(frame) = tokio::time::timeout(PEEK, peek).await {
         match frame {
             None => return ended(),
             Some(Err(status)) => return answer::failure(&routes, &status),
@@ -113,17 +138,18 @@ pub async fn response(
         }
     }
     let mut chunks = Chunks {
-        writer: Writer { routes, route, form, wrote: false },
+        writer: Writer { routes, route, form, wrote: false, encoded, event: Vec::new() },
         answers: body,
+        offers,
         partial: BytesMut::new(),
-        out: Vec::new(),
+        out: Out::default(),
         spoken: Instant::now(),
         idle: Box::pin(tokio::time::sleep(KEEP_ALIVE)),
         done: false,
     };
     match form {
-        Form::Events => chunks.out.extend_from_slice(RETRY),
-        Form::Array => chunks.out.push(b'['),
+        Form::Events => chunks.out.joined().extend_from_slice(RETRY),
+        Form::Array => chunks.out.joined().push(b'['),
         Form::Lines => {}
     }
     if let Some(data) = first {
@@ -152,93 +178,87 @@ struct Writer {
     form: Form,
     /// Whether there was an answer yet.
     wrote: bool,
+    encoded: Counter,
+    /// Where events are made.
+    event: Vec<u8>,
 }
 
 impl Writer {
-    fn message(&mut self, message: &[u8], out: &mut Vec<u8>) -> Result<(), Error> {
-        let before = out.len();
-        self.open(message, out);
-        let (mapping, route) = (&self.routes.mapping, &self.route);
-        let written = match route.response_body {
-            Some(at) => {
-                mapping.write_field(&mapping.message(route.output).fields[at], message, out)
-            }
-            None => mapping.write(route.output, message, out),
-        };
-        if let Err(error) = written {
-            out.truncate(before);
-            return Err(Error::internal(error));
+    /// Writes an answer; `offer` has it as an event if somebody made that before, or has it for
+    /// others.
+    fn message(
+        &mut self,
+        message: &[u8],
+        offer: Option<&Offer>,
+        out: &mut Out,
+    ) -> Result<(), Error> {
+        // A part of the answer is not what others want.
+        let shared = offer.filter(|_| self.route.response_body.is_none()).and_then(|offer| {
+            offer.encoding(|message| {
+                self.make(message).ok()?;
+                Some(Bytes::copy_from_slice(&self.event))
+            })
+        });
+        if shared.is_none() {
+            self.make(message).map_err(Error::internal)?;
         }
-        self.close(out);
+        if std::mem::replace(&mut self.wrote, true) && self.form == Form::Array {
+            out.joined().push(b',');
+        }
+        if let Some(event) = shared {
+            let wanted = self.wanted(&event);
+            out.push(event.slice(wanted));
+        } else {
+            let wanted = self.wanted(&self.event);
+            out.joined().extend_from_slice(&self.event[wanted]);
+        }
         Ok(())
     }
 
-    /// What comes before the JSON of an answer.
-    fn open(&self, message: &[u8], out: &mut Vec<u8>) {
-        match self.form {
-            Form::Array if self.wrote => out.push(b','),
-            Form::Lines | Form::Array => {}
-            Form::Events => {
-                let events = &self.route.events;
-                let (mut id, mut name, mut mixed) = (None, None, false);
-                for found in wire::fields(message).flatten() {
-                    let number = Some(found.number);
-                    mixed |= number == events.stream;
-                    if number == events.id {
-                        id = Some(found.value);
-                    }
-                    let named = events.names.iter().find(|(number, _)| *number == found.number);
-                    name = named.map(|(_, name)| name).or(name);
-                }
-                match id.filter(|_| !mixed) {
-                    Some(Value::Varint(id)) => {
-                        out.extend_from_slice(b"id: ");
-                        out.extend_from_slice(itoa::Buffer::new().format(id).as_bytes());
-                        out.push(b'\n');
-                    }
-                    // A line break or NUL would end the id or void it.
-                    Some(Value::Bytes(id)) if id.iter().all(|byte| *byte >= b' ') => {
-                        out.extend_from_slice(b"id: ");
-                        out.extend_from_slice(id);
-                        out.push(b'\n');
-                    }
-                    _ => {}
-                }
-                if let Some(name) = name {
-                    out.extend_from_slice(b"event: ");
-                    out.extend_from_slice(name.as_bytes());
-                    out.push(b'\n');
-                }
-                out.extend_from_slice(b"data: ");
+    /// Makes an answer an event; the other forms are parts of it.
+    fn make(&mut self, message: &[u8]) -> Result<(), Unwritable> {
+        let (mapping, route, event) = (&self.routes.mapping, &self.route, &mut self.event);
+        self.encoded.inc();
+        event.clear();
+        open(&route.events, message, event);
+        match route.response_body {
+            Some(at) => {
+                let field = &mapping.message(route.output).fields[at];
+                mapping.write_field(field, message, event)?;
             }
+            None => mapping.write(route.output, message, event)?,
         }
+        event.extend_from_slice(b"\n\n");
+        Ok(())
     }
 
-    fn close(&mut self, out: &mut Vec<u8>) {
-        self.wrote = true;
-        match self.form {
-            Form::Events => out.extend_from_slice(b"\n\n"),
-            Form::Lines => out.push(b'\n'),
-            Form::Array => {}
-        }
+    /// What of an event belongs into this form.
+    fn wanted(&self, event: &[u8]) -> Range<usize> {
+        let after = match self.form {
+            Form::Events => return 0..event.len(),
+            Form::Lines => b"\n".len(),
+            Form::Array => 0,
+        };
+        let lines = event.split_inclusive(|byte| *byte == b'\n');
+        let before = lines.take_while(|line| !line.starts_with(DATA));
+        let from = before.map(<[u8]>::len).sum::<usize>() + DATA.len();
+        from..event.len() - b"\n\n".len() + after
     }
 
     /// The end of the stream: nothing follows.
-    fn end(&mut self, status: &Status, out: &mut Vec<u8>) {
+    fn end(&mut self, status: &Status, out: &mut Out) {
+        let out = out.joined();
         if status.code() != Code::Ok {
             let json = answer::status_json(&self.routes, status);
-            if self.form == Form::Events {
-                out.extend_from_slice(b"event: error\ndata: ");
-                out.extend_from_slice(&json);
-            } else {
-                if self.form == Form::Array && self.wrote {
-                    out.push(b',');
-                }
-                out.extend_from_slice(b"{\"error\":");
-                out.extend_from_slice(&json);
-                out.push(b'}');
-            }
-            self.close(out);
+            let (before, after): (&[u8], &[u8]) = match self.form {
+                Form::Events => (b"event: error\ndata: ", b"\n\n"),
+                Form::Lines => (b"{\"error\":", b"}\n"),
+                Form::Array if self.wrote => (b",{\"error\":", b"}"),
+                Form::Array => (b"{\"error\":", b"}"),
+            };
+            out.extend_from_slice(before);
+            out.extend_from_slice(&json);
+            out.extend_from_slice(after);
         }
         if self.form == Form::Array {
             out.push(b']');
@@ -246,13 +266,84 @@ impl Writer {
     }
 }
 
+/// Writes what comes before the JSON of an event.
+fn open(events: &Events, message: &[u8], out: &mut Vec<u8>) {
+    let (mut id, mut name, mut mixed) = (None, None, false);
+    for found in wire::fields(message).flatten() {
+        let number = Some(found.number);
+        mixed |= number == events.stream;
+        if number == events.id {
+            id = Some(found.value);
+        }
+        let named = events.names.iter().find(|(number, _)| *number == found.number);
+        name = named.map(|(_, name)| name).or(name);
+    }
+    match id.filter(|_| !mixed) {
+        Some(Value::Varint(id)) => {
+            out.extend_from_slice(b"id: ");
+            out.extend_from_slice(itoa::Buffer::new().format(id).as_bytes());
+            out.push(b'\n');
+        }
+        // A line break or NUL would end the id or void it.
+        Some(Value::Bytes(id)) if id.iter().all(|byte| *byte >= b' ') => {
+            out.extend_from_slice(b"id: ");
+            out.extend_from_slice(id);
+            out.push(b'\n');
+        }
+        _ => {}
+    }
+    if let Some(name) = name {
+        out.extend_from_slice(b"event: ");
+        out.extend_from_slice(name.as_bytes());
+        out.push(b'\n');
+    }
+    out.extend_from_slice(DATA);
+}
+
+/// What is to be sent next. An event that goes alone is sent as it was made for all its readers.
+#[derive(Default)]
+struct Out {
+    alone: Bytes,
+    joined: Vec<u8>,
+}
+
+impl Out {
+    fn is_empty(&self) -> bool {
+        self.alone.is_empty() && self.joined.is_empty()
+    }
+
+    fn push(&mut self, bytes: Bytes) {
+        if self.is_empty() {
+            self.alone = bytes;
+        } else {
+            self.joined().extend_from_slice(&bytes);
+        }
+    }
+
+    /// For more behind what is there.
+    fn joined(&mut self) -> &mut Vec<u8> {
+        let alone = std::mem::take(&mut self.alone);
+        self.joined.extend_from_slice(&alone);
+        &mut self.joined
+    }
+
+    fn take(&mut self) -> Bytes {
+        if self.joined.is_empty() {
+            return std::mem::take(&mut self.alone);
+        }
+        std::mem::take(&mut self.joined).into()
+    }
+}
+
 /// A response's body.
 struct Chunks {
     writer: Writer,
     answers: Guarded,
+    /// What the messages of the last poll offered, in their order.
+    offers: Vec<Offer>,
     /// The beginning of a message whose rest has not come yet.
     partial: BytesMut,
-    out: Vec<u8>,
+    out: Out,
     /// When the last chunk went out.
     spoken: Instant,
     /// Set for some time before the next comment is due: moving a timer for every chunk would
@@ -276,17 +367,25 @@ impl Chunks {
         self.partial.extend_from_slice(&data);
     }
 
-    /// Takes whole messages off the front.
+    /// Takes whole messages off the front. All of them were encoded in the last poll, or before
+    /// it and have no offer.
     fn take_whole(&mut self, data: &mut Bytes) {
-        while let Some((prefix, rest)) = data.split_at_checked(PREFIX) {
+        let Self { writer, offers, out, .. } = self;
+        let mut offers = offers.drain(..).peekable();
+        let mut written = Ok(());
+        while let Some((prefix, rest)) = data.split_at_checked(PREFIX)
+            && written.is_ok()
+        {
             let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
-            let Some(message) = rest.get(..length) else { return };
-            if let Err(error) = self.writer.message(message, &mut self.out) {
-                self.finish(&error.into());
-                data.clear();
-                return;
-            }
+            let Some(message) = rest.get(..length) else { break };
+            let offer = offers.next_if(|offer| offer.message() == message);
+            written = writer.message(message, offer.as_ref(), out);
             data.advance(PREFIX + length);
+        }
+        drop(offers);
+        if let Err(error) = written {
+            data.clear();
+            self.finish(&error.into());
         }
     }
 
@@ -307,14 +406,15 @@ impl http_body::Body for Chunks {
         let this = &mut *self;
         loop {
             if !this.out.is_empty() {
-                let chunk = Bytes::from(std::mem::take(&mut this.out));
+                let chunk = this.out.take();
                 this.spoken = Instant::now();
                 return Poll::Ready(Some(Ok(Frame::data(chunk))));
             }
             if this.done {
                 return Poll::Ready(None);
             }
-            match Pin::new(&mut this.answers).poll_frame(cx) {
+            let Self { answers, offers, .. } = this;
+            match twin::collect(offers, || Pin::new(answers).poll_frame(cx)) {
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => this.take(data),
                     Err(frame) => {
@@ -332,7 +432,7 @@ impl http_body::Body for Chunks {
                     }
                     let due = this.spoken + KEEP_ALIVE;
                     if due <= Instant::now() {
-                        this.out.extend_from_slice(b": keep-alive\n\n");
+                        this.out.joined().extend_from_slice(b": keep-alive\n\n");
                         this.idle.as_mut().reset(Instant::now() + KEEP_ALIVE);
                     } else {
                         this.idle.as_mut().reset(due);

@@ -149,7 +149,7 @@ impl Calls {
     }
 
     /// Metrics of calls and connections.
-    pub(super) fn metrics(&self) -> &Metrics {
+    pub fn metrics(&self) -> &Metrics {
         &self.0.metrics
     }
 

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use super::{
     Log,
-    log::{Inner, Kept},
+    log::{Entry, Inner, Kept},
     segment::{MAX_PREFIX, SegmentData, put_frame},
     wake::Woken,
 };
@@ -405,10 +405,11 @@ impl Log {
     }
 
     fn segment(&self, kept: &Kept, live: &Live) -> SegmentData {
-        let size: usize = kept.after(kept.durable).map(|(_, frame)| frame.len() + MAX_PREFIX).sum();
+        let size: usize =
+            kept.after(kept.durable).map(|entry| entry.frame.len() + MAX_PREFIX).sum();
         let mut frames = BytesMut::with_capacity(size);
         let mut timeline = Vec::with_capacity(live.timeline.len());
-        for (sequence, frame) in kept.after(kept.durable) {
+        for Entry { sequence, frame, .. } in kept.after(kept.durable) {
             put_frame(&mut frames, frame);
             if live.timeline.binary_search(sequence).is_ok() {
                 timeline.push((*sequence, frame.clone()));

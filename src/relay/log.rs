@@ -1,4 +1,5 @@
-//! The log of one task: its latest entries, each encoded once.
+//! The log of one task: its latest entries, each encoded once, and once more where a reader asks
+//! for another encoding.
 //!
 //! Entries are in the order of their sequences without holes; an entry that stands for
 //! a lost range has the sequence of the range's end. In memory is the range
@@ -7,6 +8,7 @@
 
 use std::{
     collections::VecDeque,
+    ops::Range,
     sync::{Arc, atomic::Ordering::Relaxed},
 };
 
@@ -23,9 +25,10 @@ use super::{
 use crate::{
     faults::{self, Fault},
     id::TaskId,
+    twin::{Charge, Twin},
 };
 
-/// What keeping a frame costs besides its bytes.
+/// What keeping a frame costs besides its bytes and its twin.
 const OVERHEAD: usize = size_of::<Entry>() + 8;
 
 /// The log of one task.
@@ -38,7 +41,23 @@ pub struct Log {
     pub(super) progress: Notify,
 }
 
-type Entry = (u64, Bytes);
+/// An entry as its readers get it.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Its sequence.
+    pub sequence: u64,
+    /// Its bytes.
+    pub frame: Bytes,
+    /// Its second encoding; there is one once a reader has asked for it.
+    pub twin: Option<Arc<Twin>>,
+}
+
+impl Entry {
+    /// An entry without a twin.
+    pub fn new(sequence: u64, frame: Bytes) -> Self {
+        Self { sequence, frame, twin: None }
+    }
+}
 
 #[derive(Debug, Default)]
 pub(super) struct Inner {
@@ -69,6 +88,8 @@ pub(super) struct Kept {
     bytes: usize,
     /// Of these, those above `durable`.
     pub(super) unrecorded: usize,
+    /// Counts the twins; there is one once there was a twin.
+    twins: Option<Arc<Charge>>,
 }
 
 impl Log {
@@ -128,20 +149,22 @@ impl Log {
         Subscriber::new(self.clone(), after)
     }
 
-    /// Adds what follows the cursor to `out`; when nothing does yet, calls `wait`.
+    /// Adds what follows the cursor to `out`, with twins where these are wanted; when nothing
+    /// does yet, calls `wait`.
     pub(super) fn read(
         &self,
         cursor: &mut u64,
         out: &mut VecDeque<Entry>,
+        twins: bool,
         wait: impl FnOnce(&mut Waiting),
     ) -> Option<Ready> {
         let mut inner = self.lock();
-        let kept = &inner.kept;
+        let Inner { kept, sealed, waiting, .. } = &mut *inner;
         if !kept.known || *cursor >= kept.head {
-            if kept.known && inner.sealed {
+            if kept.known && *sealed {
                 return Some(Ready::End);
             }
-            wait(&mut inner.waiting);
+            wait(waiting);
             return None;
         }
         if *cursor < kept.before && faults::planted(Fault::SkipForLaggards) {
@@ -150,14 +173,24 @@ impl Log {
         if *cursor < kept.before {
             return Some(Ready::Behind);
         }
+        let from = kept.position_after(*cursor);
         let mut room = self.books.limits.batch_bytes;
-        for (sequence, frame) in kept.after(*cursor) {
-            out.push_back((*sequence, frame.clone()));
+        let mut taken = 0;
+        for Entry { sequence, frame, .. } in kept.entries.range(from..) {
+            taken += 1;
             *cursor = *sequence;
             if room <= frame.len() {
                 break;
             }
             room -= frame.len();
+        }
+        if twins {
+            kept.make_twins(from..from + taken, &self.books.twins);
+            out.extend(kept.entries.range(from..from + taken).cloned());
+            self.trim(kept);
+        } else {
+            let plain = |entry: &Entry| Entry::new(entry.sequence, entry.frame.clone());
+            out.extend(kept.entries.range(from..from + taken).map(plain));
         }
         Some(Ready::Frames)
     }
@@ -177,9 +210,9 @@ impl Log {
 
     /// Drops durable frames from the front down to the bound of one log.
     pub(super) fn trim(&self, kept: &mut Kept) {
-        let excess = kept.bytes.saturating_sub(self.books.limits.log_bytes);
+        let excess = kept.weight().saturating_sub(self.books.limits.log_bytes);
         if excess > 0 && !faults::planted(Fault::KeepEveryFrame) {
-            self.books.bytes.fetch_sub(kept.drop_durable(excess), Relaxed);
+            self.books.bytes.fetch_sub(kept.drop_durable(excess).0, Relaxed);
         }
     }
 
@@ -193,15 +226,15 @@ impl Log {
 
     /// Drops durable frames until about `bytes` are freed; returns what was.
     pub(super) fn evict(&self, bytes: usize) -> usize {
-        let freed = self.lock().kept.drop_durable(bytes);
-        self.books.bytes.fetch_sub(freed, Relaxed);
-        freed
+        let (frames, twins) = self.lock().kept.drop_durable(bytes);
+        self.books.bytes.fetch_sub(frames, Relaxed);
+        frames + twins
     }
 
     /// How gladly its frames are dropped.
     pub(super) fn weight(&self) -> (bool, usize) {
         let inner = self.lock();
-        (inner.sealed, inner.kept.bytes - inner.kept.unrecorded)
+        (inner.sealed, inner.kept.weight() - inner.kept.unrecorded)
     }
 
     /// Has [`Relay::evict`](super::Relay::evict) look at it.
@@ -251,19 +284,36 @@ impl Kept {
         let cost = frame.len() + OVERHEAD;
         self.bytes += cost;
         self.head = sequence;
-        self.entries.push_back((sequence, frame));
+        self.entries.push_back(Entry::new(sequence, frame));
         cost
     }
 
     /// The entries after a sequence.
     pub(super) fn after(&self, sequence: u64) -> impl Iterator<Item = &Entry> {
+        self.entries.range(self.position_after(sequence)..)
+    }
+
+    /// Where the entries after a sequence begin.
+    fn position_after(&self, sequence: u64) -> usize {
         // Only lost ranges make an entry stand elsewhere than its sequence says.
         let guess = (sequence - self.before.min(sequence)) as usize;
-        let from = match self.entries.get(guess) {
-            Some((found, _)) if *found == sequence + 1 => guess,
-            _ => self.entries.partition_point(|(found, _)| *found <= sequence),
-        };
-        self.entries.range(from..)
+        match self.entries.get(guess) {
+            Some(found) if found.sequence == sequence + 1 => guess,
+            _ => self.entries.partition_point(|found| found.sequence <= sequence),
+        }
+    }
+
+    /// Sees to it that the entries at these positions have twins.
+    fn make_twins(&mut self, positions: Range<usize>, all: &Arc<Charge>) {
+        let charge = self.twins.get_or_insert_with(|| Arc::new(Charge::within(all)));
+        for entry in self.entries.range_mut(positions) {
+            entry.twin.get_or_insert_with(|| Twin::new(charge));
+        }
+    }
+
+    /// Bytes of the entries with their twins.
+    fn weight(&self) -> usize {
+        self.bytes + self.twins.as_ref().map_or(0, |twins| twins.bytes())
     }
 
     /// Everything up to `through` is on stable storage now; returns what these entries
@@ -276,33 +326,35 @@ impl Kept {
             self.unrecorded
         } else {
             let entries = self.after(self.durable);
-            entries.take_while(|(sequence, _)| *sequence <= through).map(cost).sum()
+            entries.take_while(|entry| entry.sequence <= through).map(cost).sum()
         };
         self.unrecorded -= recorded;
         self.durable = through;
         recorded
     }
 
-    fn drop_durable(&mut self, bytes: usize) -> usize {
-        let mut freed = 0;
-        while freed < bytes {
-            match self.entries.front() {
-                Some(entry) if entry.0 <= self.durable => {
-                    freed += cost(entry);
-                    self.before = entry.0;
-                    self.entries.pop_front();
+    /// Drops durable entries from the front until about `bytes` are freed; returns what frames
+    /// and their twins were of that. Twins are counted by themselves.
+    fn drop_durable(&mut self, bytes: usize) -> (usize, usize) {
+        let (mut freed, mut twins) = (0, 0);
+        while freed + twins < bytes {
+            match self.entries.pop_front_if(|entry| entry.sequence <= self.durable) {
+                Some(entry) => {
+                    freed += cost(&entry);
+                    twins += entry.twin.as_ref().map_or(0, |twin| twin.bytes());
+                    self.before = entry.sequence;
                 }
-                _ => break,
+                None => break,
             }
         }
         self.bytes -= freed;
         if self.entries.is_empty() {
             self.entries = VecDeque::new();
         }
-        freed
+        (freed, twins)
     }
 }
 
 fn cost(entry: &Entry) -> usize {
-    entry.1.len() + OVERHEAD
+    entry.frame.len() + OVERHEAD
 }

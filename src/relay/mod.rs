@@ -1,7 +1,7 @@
 //! The token relay: one append-only log per task, which any number of readers follow.
 //!
 //! It owns the frames of running tasks in memory, in the order of their sequences,
-//! each encoded once. It knows task ids, sequences and bytes; neither protobuf nor
+//! each encoded once, and once more for the readers that want another encoding. It knows task ids, sequences and bytes; neither protobuf nor
 //! what a task is, nor storage.
 //!
 //! A reader is a cursor ([`Subscriber`]): it costs no memory while it reads nothing, and
@@ -21,10 +21,12 @@ mod subscriber;
 mod tests;
 #[cfg(test)]
 mod thread_tests;
+#[cfg(test)]
+mod twin_tests;
 mod wake;
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, hash_map},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -36,11 +38,11 @@ use tokio::sync::Notify;
 
 pub use self::{
     attempt::{Appended, Encoded, Frozen, Refused},
-    log::Log,
+    log::{Entry, Log},
     segment::{SegmentData, frames, put_frame},
     subscriber::{Next, Ready, Subscriber},
 };
-use crate::id::TaskId;
+use crate::{id::TaskId, twin::Charge};
 
 /// Memory bounds.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +77,7 @@ impl Default for Limits {
 pub struct Stats {
     /// Logs.
     pub logs: usize,
-    /// Bytes of their frames, with the cost of keeping them.
+    /// Bytes of their frames and of these' twins, with the cost of keeping them.
     pub bytes: usize,
     /// Of these, bytes not yet on stable storage.
     pub unrecorded_bytes: usize,
@@ -98,6 +100,8 @@ struct Shared {
 struct Books {
     limits: Limits,
     bytes: AtomicUsize,
+    /// Bytes of the twins of frames.
+    twins: Arc<Charge>,
     unrecorded: AtomicUsize,
     /// Bytes appended since the recorder last asked for dirty logs.
     fresh: AtomicUsize,
@@ -117,6 +121,7 @@ impl Relay {
         let books = Arc::new(Books {
             limits,
             bytes: AtomicUsize::new(0),
+            twins: Arc::default(),
             unrecorded: AtomicUsize::new(0),
             fresh: AtomicUsize::new(0),
             subscribers: AtomicUsize::new(0),
@@ -133,8 +138,8 @@ impl Relay {
     /// an attempt.
     pub fn open(&self, task: TaskId) -> Arc<Log> {
         let log = match self.0.logs.lock().entry(task) {
-            Entry::Occupied(entry) => return entry.get().clone(),
-            Entry::Vacant(entry) => {
+            hash_map::Entry::Occupied(entry) => return entry.get().clone(),
+            hash_map::Entry::Vacant(entry) => {
                 entry.insert(Arc::new(Log::new(task, self.0.books.clone()))).clone()
             }
         };
@@ -176,7 +181,7 @@ impl Relay {
         if !idle.is_empty() {
             let mut logs = self.0.logs.lock();
             for task in idle {
-                let Entry::Occupied(entry) = logs.entry(task) else { continue };
+                let hash_map::Entry::Occupied(entry) = logs.entry(task) else { continue };
                 // Under the map's lock nobody gets at a log that only the map holds.
                 let unused = Arc::strong_count(entry.get()) == 1;
                 if entry.get().retire(unused) {
@@ -186,7 +191,7 @@ impl Relay {
         }
 
         let total = self.0.books.limits.total_bytes;
-        let held = self.0.books.bytes.load(Relaxed);
+        let held = self.0.books.held();
         if held <= total {
             return;
         }
@@ -215,10 +220,17 @@ impl Relay {
         let books = &self.0.books;
         Stats {
             logs: self.0.logs.lock().len(),
-            bytes: books.bytes.load(Relaxed),
+            bytes: books.held(),
             unrecorded_bytes: books.unrecorded.load(Relaxed),
             subscribers: books.subscribers.load(Relaxed),
         }
+    }
+}
+
+impl Books {
+    /// Bytes that all logs hold.
+    fn held(&self) -> usize {
+        self.bytes.load(Relaxed) + self.twins.bytes()
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Log, wake::Ticket};
+use super::{Log, log::Entry, wake::Ticket};
 
 /// What follows a subscriber's cursor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,23 +68,26 @@ impl Subscriber {
         self.cursor = self.cursor.max(after);
     }
 
-    /// Adds what is ready to `out`, each frame with its sequence, and moves the cursor
+    /// Adds what is ready to `out`, with twins where `twins` says so, and moves the cursor
     /// behind it.
     pub fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
-        out: &mut VecDeque<(u64, Bytes)>,
+        out: &mut VecDeque<Entry>,
+        twins: bool,
     ) -> Poll<Ready> {
         let Self { log, id, cursor, ticket } = self;
-        let ready = log.read(cursor, out, |waiting| waiting.wait(*id, ticket, cx.waker()));
+        let ready = log.read(cursor, out, twins, |waiting| waiting.wait(*id, ticket, cx.waker()));
         ready.map_or(Poll::Pending, Poll::Ready)
     }
 
     /// What follows, waiting for it.
     pub async fn next(&mut self) -> Next {
         let mut out = VecDeque::new();
-        match poll_fn(|cx| self.poll_fill(cx, &mut out)).await {
-            Ready::Frames => Next::Frames(out.into()),
+        match poll_fn(|cx| self.poll_fill(cx, &mut out, false)).await {
+            Ready::Frames => {
+                Next::Frames(out.into_iter().map(|entry| (entry.sequence, entry.frame)).collect())
+            }
             Ready::Behind => Next::Behind,
             Ready::End => Next::End,
         }

@@ -36,8 +36,8 @@ fn token_text(attempt: u32, sequence: u64, _token: u64) -> String {
 
 fn poll(reader: &mut Subscriber) -> Poll<(Ready, VecDeque<(u64, Bytes)>)> {
     let mut out = VecDeque::new();
-    let ready = reader.poll_fill(&mut Context::from_waker(Waker::noop()), &mut out);
-    ready.map(|ready| (ready, out))
+    let ready = reader.poll_fill(&mut Context::from_waker(Waker::noop()), &mut out, false);
+    ready.map(|ready| (ready, out.into_iter().map(|entry| (entry.sequence, entry.frame)).collect()))
 }
 
 #[derive(Clone, Debug)]

@@ -226,7 +226,7 @@ mod tests {
             let kind = put(&mut once, &event, Micros(7), 2, 9, 3);
             assert_eq!(put(&mut again, &event, Micros(7), 2, 9, 3), kind);
             assert_eq!(once, again);
-            let decoded = pb::Frame(once.freeze()).event().unwrap();
+            let decoded = pb::Frame::new(once.freeze()).event().unwrap();
             assert_eq!((decoded.sequence, decoded.attempt), (9, 2));
             assert_eq!(decoded.time.unwrap().nanos, 12_000);
         }

@@ -31,7 +31,8 @@ use crate::{
     error::{Error, Kind, Reason, Result},
     id::{Namespace, TaskId},
     pb::{self, Frame, task_event::Body},
-    relay::{self, Ready, Relay, Subscriber},
+    relay::{self, Entry, Ready, Relay, Subscriber},
+    twin::{self, Variant},
 };
 
 /// Entries of the timeline read at once.
@@ -191,7 +192,7 @@ impl History {
 #[derive(Debug, Default)]
 struct Page {
     /// Contiguous entries.
-    frames: VecDeque<(u64, Bytes)>,
+    frames: VecDeque<Entry>,
     /// The last of them is the task's end, or there is none and the end came before.
     ended: bool,
     /// Storage may well have more.
@@ -220,11 +221,11 @@ fn merge(
         if let Some((sequence, frame)) = runner.next_if(|(sequence, _)| *sequence == cursor + 1) {
             cursor = sequence;
             let frame = frame.ok_or_else(|| Error::internal("a segment is damaged"))?;
-            page.frames.push_back((cursor, frame));
+            page.frames.push_back(Entry::new(cursor, frame));
         } else if let Some(entry) = entries.next_if(|entry| covers(entry, cursor + 1)) {
             cursor = entry.sequence;
             page.ended = entry.role == Role::Ended;
-            page.frames.push_back((cursor, entry.frame.into()));
+            page.frames.push_back(Entry::new(cursor, entry.frame.into()));
         } else {
             return Ok(page);
         }
@@ -249,7 +250,7 @@ pub struct TaskStream {
     after: u64,
     source: Source,
     place: Place,
-    ready: VecDeque<(u64, Bytes)>,
+    ready: VecDeque<Entry>,
     /// Looks at storage in a row that found nothing.
     n_futile: u32,
     prefix: Bytes,
@@ -280,8 +281,8 @@ impl TaskStream {
     fn take(&mut self, page: Page) -> Result<()> {
         self.place = page.place;
         match page.frames.back() {
-            Some((last, _)) => {
-                self.subscriber.seek(*last);
+            Some(last) => {
+                self.subscriber.seek(last.sequence);
                 self.n_futile = 0;
             }
             None => self.n_futile += 1,
@@ -301,7 +302,7 @@ impl TaskStream {
 
     /// Does what the log says.
     fn poll_log(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
-        match self.subscriber.poll_fill(cx, &mut self.ready) {
+        match self.subscriber.poll_fill(cx, &mut self.ready, twin::wanted()) {
             Poll::Ready(Ready::Frames) => {
                 self.n_futile = 0;
                 self.busy = true;
@@ -333,8 +334,11 @@ impl Stream for TaskStream {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         loop {
-            if let Some((_, frame)) = this.ready.pop_front() {
-                return Poll::Ready(Some(Ok(Frame(prefixed(&this.prefix, frame)))));
+            if let Some(Entry { frame, twin, .. }) = this.ready.pop_front() {
+                let tagged = !this.prefix.is_empty();
+                let variant = if tagged { Variant::Tagged } else { Variant::Plain };
+                let frame = prefixed(&this.prefix, frame);
+                return Poll::Ready(Some(Ok(Frame::with_twin(frame, twin, variant))));
             }
             let done = match &mut this.source {
                 Source::Storage(look) => match ready!(look.poll_unpin(cx)) {

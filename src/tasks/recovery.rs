@@ -76,5 +76,5 @@ async fn resume(parts: &Parts, task: &Task) -> Result<()> {
 }
 
 fn is_token(frame: &bytes::Bytes) -> bool {
-    Frame(frame.clone()).event().is_ok_and(|event| matches!(event.body, Some(Body::Token(_))))
+    Frame::new(frame.clone()).event().is_ok_and(|event| matches!(event.body, Some(Body::Token(_))))
 }

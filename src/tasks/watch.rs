@@ -13,6 +13,7 @@ use crate::{
     events::store::{self as events, Event, Filter},
     id::Namespace,
     pb::Frame,
+    twin::{self, Variant},
 };
 
 /// Longest pause between the looks of a watcher that nobody rang for.
@@ -41,7 +42,9 @@ pub async fn follow(
     let watcher = Watcher { parts, namespace, filter, bell, position, ready: VecDeque::new() };
     Ok(stream::try_unfold(watcher, |mut watcher| async move {
         let event = watcher.next().await?;
-        Ok(Some((Frame(tag(event.task, &event.frame)), watcher)))
+        let twin = twin::wanted().then(|| watcher.parts.tail.twin(event.position));
+        let bytes = tag(event.task, &event.frame);
+        Ok(Some((Frame::with_twin(bytes, twin, Variant::Tagged), watcher)))
     }))
 }
 

@@ -70,6 +70,8 @@ pub struct Metrics {
     pub connections: Gauge,
     /// Connections refused or closed by a limit.
     pub connections_refused: Family<ReasonLabel, Counter>,
+    /// Answers of streams that were encoded as JSON, each once for all its readers.
+    pub json_answers: Counter,
     /// Calls refused because the server has enough to do.
     pub shed: Counter,
     /// Panics caught.
@@ -154,6 +156,7 @@ impl Metrics {
             calls: gauge(r, "rpc_calls", "Unary calls at work"),
             connections: gauge(r, "connections", "Connections open"),
             connections_refused: family(r, "connections_refused", "Connections refused"),
+            json_answers: counter(r, "json_answers_encoded", "Answers of streams made JSON"),
             shed: counter(r, "rpcs_shed", "Calls refused under load"),
             panics: counter(r, "panics", "Panics caught"),
             storage_healthy: gauge(r, "storage_healthy", "1 while storage takes writes"),

@@ -26,3 +26,4 @@ mod streams;
 mod tasks;
 mod tls;
 mod tokens;
+mod twins;

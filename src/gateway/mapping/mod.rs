@@ -17,7 +17,10 @@ use prost_reflect::{
     MessageDescriptor,
 };
 
-pub use self::read::{Problem, Reader};
+pub use self::{
+    read::{Problem, Reader},
+    write::Unwritable,
+};
 use crate::near::nearest;
 
 /// The message and enum types of a descriptor pool, laid out for fast look-ups.

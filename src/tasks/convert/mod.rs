@@ -31,7 +31,7 @@ pub fn kind(entry: &Entry) -> &'static str {
 
 /// Name of the kind of an encoded event.
 pub fn kind_of(frame: &Bytes) -> &'static str {
-    match pb::Frame(frame.clone()).event().ok().and_then(|event| event.body) {
+    match pb::Frame::new(frame.clone()).event().ok().and_then(|event| event.body) {
         Some(Body::Queued(_)) => "queued",
         Some(Body::AttemptStarted(_)) => "attempt_started",
         Some(Body::Stage(_)) => "stage",

@@ -69,7 +69,7 @@ impl Metered {
             predicted_start_ms: predicted.map(|start| start.as_millis() as u64),
         });
         let bytes = frame::encode(0, self.parts.clock.now(), self.attempt, body);
-        if self.tagged { Frame(tag(self.task.id, &bytes)) } else { Frame(bytes) }
+        Frame::new(if self.tagged { tag(self.task.id, &bytes) } else { bytes })
     }
 }
 

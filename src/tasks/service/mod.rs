@@ -83,7 +83,7 @@ impl Service {
             .db
             .read(move |tx| Box::pin(async move { reads::artifacts(tx, id).await }))
             .await?;
-        let events = frames.into_iter().filter_map(|frame| Frame(frame).event().ok());
+        let events = frames.into_iter().filter_map(|frame| Frame::new(frame).event().ok());
         Ok(events
             .filter_map(|event| match event.body {
                 Some(pb::task_event::Body::Artifact(artifact)) => Some(artifact),
@@ -310,7 +310,7 @@ impl TaskService for Service {
         let next = events.last().filter(|_| events.len() == size as usize);
         let next_page_token =
             next.map(|event| page::token(&id, &event.sequence.to_string())).unwrap_or_default();
-        let events = events.into_iter().map(|event| Frame(event.frame).event());
+        let events = events.into_iter().map(|event| Frame::new(event.frame).event());
         let events = events.collect::<Result<_, _>>().map_err(Error::internal)?;
         Ok(Response::new(pb::ListTaskEventsResponse { events, next_page_token }))
     }
