@@ -5,14 +5,19 @@ use std::{
     future::Future as _,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    task::{Context, Poll},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
 use bytes::Bytes;
+use futures_util::task::AtomicWaker;
 use http::HeaderMap;
 use http_body::{Frame, SizeHint};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status, body::Body};
 use tracing::Span;
@@ -80,6 +85,8 @@ pub(super) struct Record {
     pub(super) supervisor: Supervisor,
     pub(super) method: &'static str,
     pub(super) span: Span,
+    /// A stream of answers to one request.
+    pub(super) one_way: bool,
     pub(super) code: Option<Code>,
 }
 
@@ -106,12 +113,25 @@ pub(super) struct Ending {
     pub(super) deadline: Option<Pin<Box<Sleep>>>,
     /// End of the credential by its own time.
     pub(super) expiry: Option<Pin<Box<Sleep>>>,
-    /// Cancelled when the credential is revoked.
-    revoked: CancellationToken,
+    /// Completes when the credential is revoked.
     revocation: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// Cancelled when the server stops.
-    stopping: CancellationToken,
+    /// Completes when the server stops.
     stop: Pin<Box<WaitForCancellationFutureOwned>>,
+    alarm: Arc<Alarm>,
+}
+
+/// Wakes the stream when one of its endings may have come. Almost no poll of a stream is about
+/// those, and to ask each of them would cost more than a token does.
+struct Alarm {
+    rung: AtomicBool,
+    stream: AtomicWaker,
+}
+
+impl Wake for Alarm {
+    fn wake(self: Arc<Self>) {
+        self.rung.store(true, Ordering::Release);
+        self.stream.wake();
+    }
 }
 
 impl Ending {
@@ -119,30 +139,22 @@ impl Ending {
         Self {
             deadline: None,
             expiry: None,
-            revocation: Box::pin(revoked.clone().cancelled_owned()),
-            stop: Box::pin(stopping.clone().cancelled_owned()),
-            revoked,
-            stopping,
-        }
-    }
-
-    /// Looks without waiting: for streams that are never idle.
-    fn reached(&self) -> Option<Error> {
-        let past = |sleep: &Option<Pin<Box<Sleep>>>| {
-            sleep.as_ref().is_some_and(|sleep| sleep.deadline() <= Instant::now())
-        };
-        if self.revoked.is_cancelled() || past(&self.expiry) {
-            Some(credential_ended())
-        } else if past(&self.deadline) {
-            Some(deadline_passed())
-        } else if self.stopping.is_cancelled() {
-            Some(stopping())
-        } else {
-            None
+            revocation: Box::pin(revoked.cancelled_owned()),
+            stop: Box::pin(stopping.cancelled_owned()),
+            // Each is asked once, to be told of it later.
+            alarm: Arc::new(Alarm { rung: AtomicBool::new(true), stream: AtomicWaker::new() }),
         }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        self.alarm.stream.register(cx.waker());
+        if !self.alarm.rung.load(Ordering::Acquire) {
+            return Poll::Pending;
+        }
+        // Before they are asked: what rings while they are is asked again.
+        self.alarm.rung.store(false, Ordering::Release);
+        let alarm = Waker::from(self.alarm.clone());
+        let cx = &mut Context::from_waker(&alarm);
         let sleeping = |sleep: &mut Option<Pin<Box<Sleep>>>, cx: &mut Context<'_>| {
             sleep.as_mut().is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready())
         };
@@ -185,13 +197,16 @@ pub struct Guarded {
     ending: Option<Ending>,
     record: Option<Record>,
     _permit: Option<Permit>,
+    /// Polls are in the span of the call. Of a stream that only passes on what others made, the
+    /// first is: entering the span for each token costs more than the token's own way.
+    in_span: bool,
     done: bool,
 }
 
 impl Guarded {
     /// A body that needs no watching.
     pub(super) fn plain(inner: Body) -> Self {
-        Self { inner, ending: None, record: None, _permit: None, done: false }
+        Self { inner, ending: None, record: None, _permit: None, in_span: false, done: false }
     }
 
     pub(super) fn new(
@@ -200,7 +215,7 @@ impl Guarded {
         record: Record,
         permit: Option<Permit>,
     ) -> Self {
-        Self { inner, ending, record: Some(record), _permit: permit, done: false }
+        Self { inner, ending, record: Some(record), _permit: permit, in_span: true, done: false }
     }
 
     /// Ends the call with `error`; nothing more comes from the handler.
@@ -235,12 +250,15 @@ impl http_body::Body for Guarded {
         if this.done {
             return Poll::Ready(None);
         }
-        if let Some(error) = this.ending.as_ref().and_then(Ending::reached) {
+        // Before the handler, which may always have something.
+        if let Some(Poll::Ready(error)) = this.ending.as_mut().map(|ending| ending.poll(cx)) {
             return Poll::Ready(Some(Ok(this.finish(error))));
         }
-        let Self { inner, record, .. } = this;
+        let Self { inner, record, in_span, .. } = this;
         let polled = {
-            let _entered = record.as_ref().map(|record| record.span.enter());
+            let watched = record.as_ref().filter(|_| *in_span);
+            let _entered = watched.map(|record| record.span.enter());
+            *in_span = record.as_ref().is_some_and(|record| !record.one_way);
             catch_unwind(AssertUnwindSafe(|| Pin::new(inner).poll_frame(cx)))
         };
         match polled {
@@ -254,7 +272,15 @@ impl http_body::Body for Guarded {
             Ok(Poll::Ready(Some(Ok(frame)))) if frame.is_trailers() => {
                 let Ok(trailers) = frame.into_trailers() else { return Poll::Ready(None) };
                 let trailers = normalise(trailers);
-                this.note(read_code(&trailers).unwrap_or(Code::Unknown));
+                let code = read_code(&trailers).unwrap_or(Code::Unknown);
+                if let Some(record) = this.record.as_ref().filter(|_| !this.in_span)
+                    && matches!(code, Code::Internal | Code::Unknown | Code::DataLoss)
+                {
+                    // The cause was logged before, without the call that it hit.
+                    let code = code_name(code);
+                    tracing::error!(parent: &record.span, code, "a stream failed");
+                }
+                this.note(code);
                 this.done = true;
                 Poll::Ready(Some(Ok(Frame::trailers(trailers))))
             }
@@ -263,11 +289,7 @@ impl http_body::Body for Guarded {
                 this.done = true;
                 Poll::Ready(None)
             }
-            Ok(Poll::Ready(frame)) => Poll::Ready(frame),
-            Ok(Poll::Pending) => match this.ending.as_mut().map(|ending| ending.poll(cx)) {
-                Some(Poll::Ready(error)) => Poll::Ready(Some(Ok(this.finish(error)))),
-                Some(Poll::Pending) | None => Poll::Pending,
-            },
+            Ok(polled) => polled,
         }
     }
 

@@ -179,6 +179,7 @@ impl Calls {
             supervisor: inner.supervisor.clone(),
             method: found.as_ref().map_or("unknown", |(method, _)| method.name),
             span: span.clone(),
+            one_way: found.as_ref().is_some_and(|(m, _)| m.is_streaming() && !m.client_streaming),
             code: None,
         };
         let Some((method, handler)) = found else {
