@@ -37,7 +37,7 @@ pub mod path {
     /// Relay to subscriber.
     pub const SUBSCRIBE: &str = "/bench.Relay/Subscribe";
     /// Relay to a subscriber of server-sent events; the task follows.
-    pub const EVENTS: &str = "/events/";
+    pub const EVENTS: &str = "/bench.Relay/Events/";
     /// Unary echo.
     pub const ECHO: &str = "/bench.Relay/Echo";
 }
