@@ -27,3 +27,4 @@ mod tasks;
 mod tls;
 mod tokens;
 mod twins;
+mod wall_clock;

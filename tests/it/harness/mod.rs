@@ -6,9 +6,11 @@ pub mod checks;
 pub mod command;
 pub mod disk;
 pub mod local;
+pub mod preload;
 pub mod proxy;
 pub mod runner;
 pub mod server;
+pub mod wall;
 
 use std::{
     future::Future,
