@@ -5,7 +5,7 @@ use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
 use axum::Router;
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use tonic::{body::Body, transport::server::TcpConnectInfo};
 use tower::ServiceExt as _;
 use tracing::Instrument as _;
@@ -94,9 +94,10 @@ impl Edge {
         request.extensions_mut().insert(id);
         let peer = TcpConnectInfo { local_addr: None, remote_addr: Some(peer) };
         request.extensions_mut().insert(peer);
+        // Browsers ask by OPTIONS whether they may make a gRPC-Web call.
+        let of_browser = is_grpc_web(request.headers()) || request.method() == Method::OPTIONS;
         let is_call = is_grpc(request.headers())
-            || (inner.calls.method(request.uri().path()).is_some()
-                && !is_grpc_web(request.headers()));
+            || (inner.calls.method(request.uri().path()).is_some() && !of_browser);
         let mut response = if is_call {
             inner.calls.call(request).instrument(span).await
         } else {

@@ -106,21 +106,24 @@ async fn only_pages_of_configured_origins_may_call() {
     let env = [("BATON_HTTP_CORS_ORIGINS", "https://app.example.org, http://localhost:5173")];
     let (open, closed) = (Local::start(&env).await, Local::start(&[]).await);
     let client = Client::new();
-    let ask = async |server: &Local, origin: &str| {
+    let ask = async |server: &Local, path: &str, origin: &str| {
         let asked = client
-            .request(reqwest::Method::OPTIONS, at(server.addr, "/v1/tasks"))
+            .request(reqwest::Method::OPTIONS, at(server.addr, path))
             .header("origin", origin)
             .header("access-control-request-method", "POST")
             .header("access-control-request-headers", "authorization,content-type")
             .send();
         within("an answer", SOON, asked).await.expect("an answer").headers().clone()
     };
-    let allowed = ask(&open, origin).await;
-    assert_eq!(allowed["access-control-allow-origin"], origin);
-    assert_eq!(allowed["access-control-allow-headers"], "authorization,content-type");
-    assert!(!allowed.contains_key("access-control-allow-credentials"));
-    for (server, origin) in [(&open, "https://evil.example.org"), (&closed, origin)] {
-        assert!(!ask(server, origin).await.contains_key("access-control-allow-origin"));
+    for path in ["/v1/tasks", "/baton.v1.TaskService/SubmitTask"] {
+        let allowed = ask(&open, path, origin).await;
+        assert_eq!(allowed["access-control-allow-origin"], origin, "{path}");
+        assert_eq!(allowed["access-control-allow-headers"], "authorization,content-type");
+        assert!(!allowed.contains_key("access-control-allow-credentials"));
+        for (server, origin) in [(&open, "https://evil.example.org"), (&closed, origin)] {
+            let denied = ask(server, path, origin).await;
+            assert!(!denied.contains_key("access-control-allow-origin"), "{path}");
+        }
     }
     let read = get(&client, at(open.addr, "/v1/nothing"), &[("origin", origin)]).await;
     assert_eq!(read.headers()["access-control-allow-origin"], origin);

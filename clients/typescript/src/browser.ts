@@ -22,6 +22,7 @@ export interface BrowserOptions extends BatonOptions {
 
 /** A client of one server, over fetch. */
 export class Baton extends BatonClient {
+  /** Makes no call yet. */
   constructor(options: BrowserOptions = {}) {
     const page = (globalThis as { location?: { origin: string } }).location?.origin;
     const url = options.url ?? page;

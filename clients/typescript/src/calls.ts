@@ -36,10 +36,15 @@ export const OPENED = Symbol("opened");
 
 /** What all calls of a client share. */
 export interface CallSettings {
+  /** What carries them. */
   transport: Transport;
+  /** Time and chance. */
   clock: Clock;
+  /** Sent as a bearer token. */
   key: Credential | undefined;
+  /** Longest time of a call, in milliseconds. */
   timeoutMs: number;
+  /** Most repetitions of a call. */
   retries: number;
 }
 
@@ -60,6 +65,7 @@ export class Calls {
   readonly settings: CallSettings;
   #closed = false;
 
+  /** For a client. */
   constructor(settings: CallSettings) {
     this.settings = settings;
   }

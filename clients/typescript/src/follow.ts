@@ -38,7 +38,9 @@ export interface FollowOptions extends StreamOptions {
 
 /** A task to follow, and the first wanted sequence. */
 export interface Position {
+  /** The task. */
   taskId: string;
+  /** The first wanted sequence. */
   next: bigint;
 }
 
@@ -154,6 +156,7 @@ export class Reopening {
   #nFailures = 0;
   #since: number | undefined;
 
+  /** For one stream. */
   constructor(calls: Calls, options: StreamOptions & { patienceMs: number }, signal: AbortSignal) {
     this.#calls = calls;
     this.#options = options;

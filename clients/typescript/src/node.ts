@@ -30,6 +30,7 @@ export interface NodeOptions extends BatonOptions {
  * or the content of the file `BATON_API_KEY_FILE`, as the command line does.
  */
 export class Baton extends BatonClient {
+  /** Makes no connection yet. */
   constructor(options: NodeOptions = {}) {
     const url = options.url ?? env["BATON_ADDRESS"] ?? "http://127.0.0.1:7070";
     const text = String(url).includes("://") ? String(url) : `http://${url}`;
