@@ -1,4 +1,4 @@
-//! Server, runners and watchers over a simulated network, with crashes and partitions.
+//! Server, runners, an operator and watchers over a simulated network, with crashes and partitions.
 //!
 //! Real tonic, the real server, the real agent, a real database file; time and network are
 //! simulated. A seed decides everything: what is asked for, and what breaks when. For half a
@@ -8,6 +8,8 @@
 //! `BATON_SEED=17 cargo test --test simulation one_seed -- --ignored --nocapture` repeats a seed.
 
 #![expect(clippy::disallowed_methods, reason = "the simulation's own runtime ends what it spawns")]
+
+mod operator;
 
 use std::{
     collections::BTreeMap,
@@ -123,6 +125,8 @@ struct Seen {
 #[derive(Default)]
 struct Notes {
     tasks: BTreeMap<String, Seen>,
+    /// Orders to runners that were obeyed while parts broke.
+    n_obeyed: u64,
     /// Digest of everything that was seen, and when.
     trace: Sha256,
 }
@@ -325,8 +329,8 @@ fn mend(sim: &mut turmoil::Sim<'_>, fault: Fault) {
     }
 }
 
-/// Runs a seed; the digest of what was seen, and when.
-fn simulate(seed: u64) -> String {
+/// Runs a seed; the digest of what was seen, and when, and how many orders were obeyed.
+fn simulate(seed: u64) -> (String, u64) {
     mad_turmoil::rand::set_rng(StdRng::seed_from_u64(seed));
     let _clocks = mad_turmoil::time::SimClocksGuard::init();
     let dir = tempfile::tempdir().expect("a directory");
@@ -351,9 +355,12 @@ fn simulate(seed: u64) -> String {
             let dice = Entropy::seeded(seed << 8 ^ i);
             tokio::spawn(user(i, dice, users.clone()))
         });
+        let orders = tokio::spawn(operator::operate(Entropy::seeded(!seed)));
         for life in lives.collect::<Vec<_>>() {
             life.await.expect("a user's checks hold");
         }
+        let n_obeyed = orders.await.expect("the operator's checks hold");
+        users.lock().expect("no user failed").n_obeyed = n_obeyed;
         Ok(())
     });
     let mut faults: Vec<(Duration, String, Fault)> = Vec::new();
@@ -403,7 +410,7 @@ fn simulate(seed: u64) -> String {
     }
     let book = book.lock().expect("no user failed");
     assert_eq!(book.tasks.len() as u64, N_TASKS, "every acknowledged task is there");
-    hex::encode(book.trace.clone().finalize())
+    (hex::encode(book.trace.clone().finalize()), book.n_obeyed)
 }
 
 /// One seed, named by the environment, in a process of its own.
@@ -414,7 +421,9 @@ fn one_seed() {
     if std::env::var("BATON_SEED_LOG").is_ok() {
         tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).init();
     }
-    println!("seed {seed}: {}", simulate(seed));
+    let (trace, n_obeyed) = simulate(seed);
+    println!("seed {seed}: {trace}");
+    println!("obeyed {n_obeyed}");
 }
 
 /// Runs a seed in a process of its own.
@@ -446,8 +455,9 @@ fn every_seed_holds_its_promises() {
     let seeds = std::env::var("BATON_SEEDS").map_or(SEEDS, |n| n.parse().expect("a number"));
     let next = Arc::new(std::sync::atomic::AtomicU64::new(0));
     let failed = Arc::new(Mutex::new(Vec::new()));
+    let obeyed = Arc::new(std::sync::atomic::AtomicU64::new(0));
     let threads = (0..2).map(|_| {
-        let (next, failed) = (next.clone(), failed.clone());
+        let (next, failed, obeyed) = (next.clone(), failed.clone(), obeyed.clone());
         std::thread::spawn(move || {
             loop {
                 let seed = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -460,6 +470,10 @@ fn every_seed_holds_its_promises() {
                     eprintln!("seed {seed} failed:\n{text}");
                     failed.lock().expect("no user failed").push(seed);
                 }
+                let text = String::from_utf8_lossy(&output.stdout);
+                let orders = text.lines().find_map(|line| line.strip_prefix("obeyed "));
+                let orders = orders.map_or(0, |orders| orders.parse().expect("a number"));
+                obeyed.fetch_add(orders, std::sync::atomic::Ordering::Relaxed);
             }
         })
     });
@@ -467,5 +481,7 @@ fn every_seed_holds_its_promises() {
         thread.join().expect("a thread that starts processes");
     }
     let failed = failed.lock().expect("no user failed");
+    let n_obeyed = obeyed.load(std::sync::atomic::Ordering::Relaxed);
+    assert!(n_obeyed > seeds, "of {seeds} seeds' orders only {n_obeyed} were obeyed");
     assert!(failed.is_empty(), "seeds that failed: {failed:?}; repeat one with BATON_SEED");
 }
