@@ -31,7 +31,7 @@ pub async fn operate(dice: Entropy) -> u64 {
         let request_id = format!("order-{number}");
         // Sometimes the answer counts as lost, and the order is repeated.
         let kind = dice.u64();
-        for _ in 0..1 + dice.u64() % 2 {
+        for _ in 0..=dice.u64() % 2 {
             match order(&mut client, kind, &runner_id, &request_id).await {
                 Ok(()) => n_obeyed += 1,
                 Err(status) => check(&status),
