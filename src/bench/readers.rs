@@ -41,6 +41,8 @@ pub struct Events {
     stream: TcpStream,
     /// What is not cut into chunks yet.
     raw: BytesMut,
+    /// Some of it came with the head of the answer.
+    came: bool,
     /// What is left of the chunk, with the line break behind it.
     left: usize,
     /// What is not cut into events yet.
@@ -74,12 +76,15 @@ impl Events {
         };
         let ok = head.starts_with(b"HTTP/1.1 200 ");
         ensure!(ok, "{path}: {}", String::from_utf8_lossy(&head));
-        Ok(Self { stream, raw, left: 0, text: BytesMut::new() })
+        let came = !raw.is_empty();
+        Ok(Self { stream, raw, came, left: 0, text: BytesMut::new() })
     }
 
     /// Waits for more and hands over the events that it completes; false at the end.
     async fn chunk(&mut self, mut each: impl FnMut(&[u8])) -> anyhow::Result<bool> {
-        let mut going = !self.raw.is_empty() || self.stream.read_buf(&mut self.raw).await? > 0;
+        // What came with the head is there already, once.
+        let came = std::mem::take(&mut self.came);
+        let mut going = came || self.stream.read_buf(&mut self.raw).await? > 0;
         while !self.raw.is_empty() {
             if self.left == 0 {
                 let Some(end) = find(&self.raw, b"\r\n") else { break };
