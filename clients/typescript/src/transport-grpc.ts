@@ -9,7 +9,7 @@ import type {
   MessageInitShape,
   MessageShape,
 } from "@bufbuild/protobuf";
-import type { SecureClientSessionOptions } from "node:http2";
+import type { ClientHttp2Stream, ClientSessionRequestOptions, OutgoingHttpHeaders, SecureClientSessionOptions } from "node:http2";
 
 import { clientClosed, errorOfStatus, type Detail } from "./errors.js";
 import type { CallContext, Transport } from "./transport.js";
@@ -36,8 +36,47 @@ export interface TlsOptions {
 
 interface Connection {
   transport: ConnectTransport;
-  sessions: Http2SessionManager;
+  sessions: Sessions;
   calls: number;
+}
+
+/** Names a call within this process, between the transport and its sessions. */
+const CALL = "x-baton-call";
+
+/** Sessions that tell which HTTP/2 stream a call got. */
+class Sessions extends Http2SessionManager {
+  /** Streams of open calls, by the names of these. */
+  readonly streams = new Map<string, ClientHttp2Stream | undefined>();
+  #nCalls = 0;
+
+  /** A name for a call. */
+  name(): string {
+    const name = String((this.#nCalls += 1));
+    this.streams.set(name, undefined);
+    return name;
+  }
+
+  override async request(
+    method: string,
+    path: string,
+    { [CALL]: name, ...headers }: OutgoingHttpHeaders,
+    options: Omit<ClientSessionRequestOptions, "signal">,
+  ): Promise<ClientHttp2Stream> {
+    const stream = await super.request(method, path, headers, options);
+    if (this.streams.has(String(name))) this.streams.set(String(name), stream);
+    return stream;
+  }
+
+  /**
+   * Lets go of a call. A stream that the server has ended, and whose data nobody reads, does not
+   * close by itself: it would count as open, and keep the process from ending.
+   */
+  leave(name: string): void {
+    const stream = this.streams.get(name);
+    this.streams.delete(name);
+    // Not before the reset that an abort sends is on its way.
+    if (stream !== undefined && !stream.destroyed) setImmediate(() => stream.destroy());
+  }
 }
 
 /** Calls over gRPC. */
@@ -62,14 +101,17 @@ export class GrpcTransport implements Transport {
   ): Promise<MessageShape<O>> {
     const connection = this.#connection();
     connection.calls += 1;
+    const name = connection.sessions.name();
     try {
       const input = request as MessageInitShape<I>;
-      const answer = await connection.transport.unary(method, signal, timeoutMs, headers, input);
+      const metadata = { ...headers, [CALL]: name };
+      const answer = await connection.transport.unary(method, signal, timeoutMs, metadata, input);
       return answer.message;
     } catch (error) {
       throw signal.aborted ? signal.reason : ours(error);
     } finally {
       connection.calls -= 1;
+      connection.sessions.leave(name);
     }
   }
 
@@ -80,6 +122,7 @@ export class GrpcTransport implements Transport {
   ): AsyncGenerator<MessageShape<O>> {
     const connection = this.#connection();
     connection.calls += 1;
+    const name = connection.sessions.name();
     // Leaving an iteration early must end the call, and connect ends it by signal alone.
     const call = new AbortController();
     const leave = () => call.abort(signal.reason);
@@ -87,7 +130,8 @@ export class GrpcTransport implements Transport {
     signal.addEventListener("abort", leave, { once: true });
     try {
       const input = once(request as MessageInitShape<I>);
-      const answer = await connection.transport.stream(method, call.signal, timeoutMs, headers, input);
+      const metadata = { ...headers, [CALL]: name };
+      const answer = await connection.transport.stream(method, call.signal, timeoutMs, metadata, input);
       onOpen?.();
       yield* answer.message;
     } catch (error) {
@@ -96,6 +140,7 @@ export class GrpcTransport implements Transport {
       signal.removeEventListener("abort", leave);
       connection.calls -= 1;
       call.abort();
+      connection.sessions.leave(name);
     }
   }
 
@@ -109,7 +154,7 @@ export class GrpcTransport implements Transport {
     const free = this.#connections.find(({ calls }) => calls < CALLS_PER_CONNECTION);
     if (free !== undefined) return free;
     const pings = { pingIntervalMs: PING_INTERVAL_MS, pingTimeoutMs: PING_TIMEOUT_MS };
-    const sessions = new Http2SessionManager(this.#url, pings, this.#options);
+    const sessions = new Sessions(this.#url, pings, this.#options);
     const transport = createGrpcTransport({
       baseUrl: this.#url,
       sessionManager: sessions,

@@ -2,13 +2,16 @@
 
 import assert from "node:assert/strict";
 import { once } from "node:events";
-import { createServer, type AddressInfo } from "node:net";
+import { execFile } from "node:child_process";
+import { createServer, type AddressInfo, type Socket } from "node:net";
+import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
+import { promisify } from "node:util";
 
 import * as browser from "../src/browser.js";
 import * as node from "../src/node.js";
 import { all, sequences } from "./support.js";
-import { eventually, freePort, Server } from "./server.js";
+import { eventually, freePort, Server, SOON } from "./server.js";
 
 const { TaskState } = node;
 type Client = node.BatonClient;
@@ -133,7 +136,8 @@ for (const [transport, connect] of Object.entries(CLIENTS)) {
     });
 
     test("a server that says nothing is a timeout, and one that is not there a lost connection", async () => {
-      const silent = createServer(() => undefined).listen(0, "127.0.0.1");
+      const taken: Socket[] = [];
+      const silent = createServer((socket) => taken.push(socket)).listen(0, "127.0.0.1");
       await once(silent, "listening");
       const { port } = silent.address() as AddressInfo;
       for (const [at, reason] of [
@@ -145,6 +149,23 @@ for (const [transport, connect] of Object.entries(CLIENTS)) {
         baton.close();
       }
       silent.close();
+      for (const socket of taken) socket.destroy();
+    });
+
+    test("a process that left its streams ends by itself", async () => {
+      const entry = join(import.meta.dirname, "../src", transport === "gRPC" ? "node.js" : "browser.js");
+      // The end of such a task is on its way when the reader leaves.
+      const program = `
+        import { Baton } from ${JSON.stringify(entry)};
+        const baton = new Baton({ url: ${JSON.stringify(server.url)} });
+        for (let n = 0; n < 40; n += 1) {
+          const task = await baton.submit("baton/ngram", { prompt: "x" }, { params: { max_tokens: 30 } });
+          for await (const token of task.tokens()) if (token.index === 9n) break;
+        }
+        console.log("left");`;
+      const args = ["--input-type=module", "--eval", program];
+      const { stdout } = await promisify(execFile)(process.execPath, args, { timeout: SOON });
+      assert.equal(stdout, "left\n");
     });
 
     test("a client that is closed ends its streams, and makes no more calls", async () => {
