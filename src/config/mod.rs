@@ -171,9 +171,18 @@ pub struct Http {
     /// Origins whose pages may call, such as `https://app.example.org`, with commas between.
     /// Default: none but the server's own.
     pub cors_origins: String,
+    /// Hosts under which a server without credentials is called over HTTP, besides `localhost`
+    /// and loopback addresses, such as `baton.test`, with commas between. Any other host is
+    /// refused: a page that gave its own name to this address could call otherwise.
+    pub allowed_hosts: String,
 }
 
 impl Http {
+    /// Hosts that are called, besides those of this machine.
+    pub fn allowed_hosts(&self) -> impl Iterator<Item = &str> {
+        self.allowed_hosts.split(',').map(str::trim).filter(|host| !host.is_empty())
+    }
+
     /// Origins whose pages may call.
     pub fn cors_origins(&self) -> impl Iterator<Item = &str> {
         self.cors_origins.split(',').map(str::trim).filter(|origin| !origin.is_empty())
@@ -188,6 +197,16 @@ fn is_origin(text: &str) -> bool {
         let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.:[]".contains(c);
         !host.is_empty() && host.chars().all(allowed)
     })
+}
+
+/// Whether it is a name or an address, without a port; IPv6 in brackets, as in addresses.
+fn is_host(text: &str) -> bool {
+    let bracketed = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.".contains(c);
+    match bracketed {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => text.chars().all(allowed),
+    }
 }
 
 /// Where data lie.
@@ -429,6 +448,14 @@ impl Config {
                     "`{origin}` is no origin; write it as browsers do, such as `https://app.example.org`"
                 );
                 return refuse("http.cors_origins", problem);
+            }
+        }
+        for host in self.http.allowed_hosts() {
+            if !is_host(host) {
+                let problem = format!(
+                    "`{host}` is no host; write a name or an address, in lower case and without a port"
+                );
+                return refuse("http.allowed_hosts", problem);
             }
         }
         let endpoint = &self.telemetry.otlp_endpoint;

@@ -58,7 +58,7 @@ pub async fn unary(routes: &Routes, route: &Route, answer: Response<Guarded>) ->
 }
 
 /// The one message of a unary answer, and its trailers.
-async fn collect(mut body: Guarded) -> Result<(Bytes, HeaderMap), Status> {
+pub async fn collect(mut body: Guarded) -> Result<(Bytes, HeaderMap), Status> {
     let mut data = Bytes::new();
     let mut trailers = HeaderMap::new();
     while let Some(frame) = body.frame().await {
@@ -77,10 +77,14 @@ async fn collect(mut body: Guarded) -> Result<(Bytes, HeaderMap), Status> {
     Ok((message, trailers))
 }
 
+/// The error that headers or trailers carry.
+pub fn error(headers: &HeaderMap) -> Option<Status> {
+    Status::from_header_map(headers).filter(|status| status.code() != Code::Ok)
+}
+
 /// The error that headers or trailers carry, as a response.
 pub fn refused(routes: &Routes, headers: &HeaderMap) -> Option<Response<Body>> {
-    let status = Status::from_header_map(headers).filter(|status| status.code() != Code::Ok)?;
-    let mut response = failure(routes, &status);
+    let mut response = failure(routes, &error(headers)?);
     copy_metadata(headers, response.headers_mut());
     Some(response)
 }

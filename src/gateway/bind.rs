@@ -3,7 +3,10 @@
 use std::borrow::Cow;
 
 use super::{
-    mapping::{Field, Form, Kind, Mapping, Problem, Reader, Shape, TypeId},
+    mapping::{
+        Field, Form, Kind, Mapping, Problem, Reader, Shape, TypeId,
+        wire::{self, Value},
+    },
     route::{Body, FieldPath, Route},
     template::percent_decode,
 };
@@ -50,7 +53,7 @@ fn decode(text: &str) -> Option<Cow<'_, str>> {
     percent_decode(text)
 }
 
-/// The encoded request. What the path says wins over what the body says.
+/// The encoded request. What the path says must not be said otherwise in the body.
 pub fn request(mapping: &Mapping, route: &Route, parts: Parts<'_>) -> Result<Vec<u8>> {
     let mut reader = Reader::new(mapping);
     let described = mapping.message(route.input);
@@ -68,6 +71,17 @@ pub fn request(mapping: &Mapping, route: &Route, parts: Parts<'_>) -> Result<Vec
     bind_query(mapping, route, parts.query, &mut reader)?;
     for (path, text) in route.variables.iter().zip(parts.captures) {
         let (within, field) = resolve(mapping, route.input, path);
+        let given = value(reader.as_message(), &within, field);
+        if given.is_some() {
+            let mut alone = Reader::new(mapping);
+            alone.text(&within, field, text).map_err(invalid)?;
+            if given != value(alone.as_message(), &within, field) {
+                return Err(Error::invalid(
+                    names(&within, field),
+                    format!("is `{text}` in the path and another in the body; leave it out there"),
+                ));
+            }
+        }
         reader.text(&within, field, text).map_err(invalid)?;
     }
     if let (Some(last), Some(at)) = (parts.last_event_id, route.events.resume) {
@@ -168,6 +182,26 @@ fn resolve<'m>(
         field = &mapping.message(inner).fields[*at];
     }
     (within, field)
+}
+
+/// The value of a field in an encoded message, unless it is unset.
+fn value<'b>(message: &'b [u8], within: &[&Field], field: &Field) -> Option<Value<'b>> {
+    let last = |message, number| {
+        let found = wire::fields(message).flatten().filter(|found| found.number == number);
+        found.last().map(|found| found.value)
+    };
+    let mut message = message;
+    for outer in within {
+        let Value::Bytes(inner) = last(message, outer.number)? else { return None };
+        message = inner;
+    }
+    let default = [Value::Varint(0), Value::Fixed64(0), Value::Fixed32(0), Value::Bytes(&[])];
+    last(message, field.number).filter(|value| field.presence || !default.contains(value))
+}
+
+fn names(within: &[&Field], field: &Field) -> String {
+    let names = within.iter().map(|field| &*field.name).chain([&*field.name]);
+    names.collect::<Vec<_>>().join(".")
 }
 
 fn invalid(problem: Problem) -> Error {

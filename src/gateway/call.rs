@@ -89,14 +89,33 @@ fn grpc_timeout(value: &HeaderValue) -> Result<HeaderValue> {
         }
         Duration::try_from_secs_f64(number.parse::<f64>().ok()? * unit).ok()
     });
-    // `grpc-timeout` has at most eight digits.
-    let text = parsed.and_then(|timeout| match timeout.as_millis() {
-        millis @ ..=99_999_999 => Some(format!("{millis}m")),
-        millis => (millis / 1_000 <= 99_999_999).then(|| format!("{}S", millis / 1_000)),
-    });
-    text.and_then(|text| HeaderValue::try_from(text).ok()).ok_or_else(|| {
+    parsed.and_then(in_grpc).ok_or_else(|| {
         Error::invalid(REQUEST_TIMEOUT.as_str(), "must be a time such as `30s` or `500ms`")
     })
+}
+
+/// A time as `grpc-timeout`, which has at most eight digits.
+fn in_grpc(timeout: Duration) -> Option<HeaderValue> {
+    let text = match timeout.as_millis() {
+        millis @ ..=99_999_999 => format!("{millis}m"),
+        millis if millis / 1_000 <= 99_999_999 => format!("{}S", millis / 1_000),
+        _ => return None,
+    };
+    HeaderValue::try_from(text).ok()
+}
+
+/// Sets the deadline of a call from `connect-timeout-ms`, if there is one.
+pub fn take_connect_timeout(headers: &HeaderMap, metadata: &mut HeaderMap) -> Result<()> {
+    const NAME: &str = "connect-timeout-ms";
+    let Some(value) = headers.get(NAME) else { return Ok(()) };
+    let digits = value.to_str().ok().filter(|text| {
+        (1..=10).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit())
+    });
+    let timeout = digits.and_then(|text| text.parse().ok()).map(Duration::from_millis);
+    let timeout = timeout.and_then(in_grpc);
+    let timeout = timeout.ok_or_else(|| Error::invalid(NAME, "must be 1 to 10 digits"))?;
+    metadata.insert(GRPC_TIMEOUT, timeout);
+    Ok(())
 }
 
 /// Takes a token out of the query and puts it where credentials are: a browser's `EventSource`

@@ -10,6 +10,8 @@
 mod answer;
 mod bind;
 mod call;
+mod connect;
+mod guard;
 mod mapping;
 mod openapi;
 mod reference;
@@ -22,15 +24,21 @@ mod web;
 
 use std::sync::Arc;
 
-use axum::{Router, body::Body};
+use axum::{
+    Router,
+    body::Body,
+    middleware::{Next, from_fn},
+};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::Body as _;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use prost_reflect::DescriptorPool;
 use tonic::Status;
 use tower_http::cors::CorsLayer;
 
 use self::{
+    guard::Guard,
     route::{Body as Holds, Route, Routes},
     stream::{Form, Style},
     template::{Captures, Found},
@@ -53,6 +61,8 @@ struct Inner {
     limit: usize,
     /// Permission for pages of other origins.
     cors: Option<CorsLayer>,
+    /// Where no credential keeps strangers out.
+    guard: Option<Arc<Guard>>,
     /// `/openapi.json`, where the API may be described.
     document: Option<Bytes>,
 }
@@ -68,12 +78,13 @@ impl Gateway {
         let routes = Arc::new(routes.map_err(anyhow::Error::msg)?);
         let limit = usize::try_from(config.limits.message)?;
         let cors = web::cors(&config.http);
+        let guard = (!config.auth.required).then(|| Arc::new(Guard::new(config)));
         let document = if config.server.reflection {
             Some(serde_json::to_vec(&openapi::document(&routes, &pool))?.into())
         } else {
             None
         };
-        Ok(Self(Arc::new(Inner { routes, calls, limit, cors, document })))
+        Ok(Self(Arc::new(Inner { routes, calls, limit, cors, guard, document })))
     }
 
     /// Answers what `router` has no route for.
@@ -82,7 +93,8 @@ impl Gateway {
             Some(document) => router.merge(reference::router(document.clone())),
             None => router,
         };
-        let cors = self.0.cors.clone();
+        let (cors, guard) = (self.0.cors.clone(), self.0.guard.clone());
+        let routes = self.0.routes.clone();
         let router = router
             .fallback(move |request: Request<Body>| {
                 let gateway = self.clone();
@@ -90,12 +102,28 @@ impl Gateway {
                     if web::is_grpc_web(&request) {
                         return web::grpc_web(gateway.0.calls.clone(), request).await;
                     }
+                    if let Some(route) = connect::route(&gateway.0.routes, &request) {
+                        return gateway.connect(route, request).await;
+                    }
                     gateway.answer(request).await
                 }
             })
             .layer(web::compression());
-        match cors {
+        let router = match cors {
             Some(cors) => router.layer(cors),
+            None => router,
+        };
+        match guard {
+            Some(guard) => router.layer(from_fn(move |request: Request<Body>, next: Next| {
+                let refused = guard.check(request.uri(), request.headers()).err();
+                let refused = refused.map(|error| answer::failure(&routes, &error.into()));
+                async move {
+                    match refused {
+                        Some(refused) => refused,
+                        None => next.run(request).await,
+                    }
+                }
+            })),
             None => router,
         }
     }
@@ -146,7 +174,9 @@ impl Gateway {
             (true, form) => form,
             (false, _) => None,
         };
-        self.check_content_type(&parts.method, &parts.headers)?;
+        if body.size_hint().exact() != Some(0) {
+            self.check_content_type(&parts.method, &parts.headers)?;
+        }
         let mut query = bind::query(parts.uri.query().unwrap_or_default()).map_err(refuse)?;
         let mut headers = call::metadata(&parts.headers).map_err(refuse)?;
         if route.streaming {
@@ -174,28 +204,32 @@ impl Gateway {
 
     /// The whole body, within its limit.
     async fn collect(&self, body: Body) -> Result<Bytes, Refused> {
-        let routes = &self.0.routes;
-        let limit = self.0.limit;
-        match Limited::new(body, limit).collect().await {
+        self.gather(body).await.map_err(|(status, code)| {
+            let mut response = answer::failure(&self.0.routes, &status);
+            if let Some(code) = code {
+                *response.status_mut() = code;
+            }
+            Box::new(response)
+        })
+    }
+
+    /// The whole body, or why not, and the HTTP status where there is a better one than the
+    /// code's.
+    async fn gather(&self, body: Body) -> Result<Bytes, (Status, Option<StatusCode>)> {
+        match Limited::new(body, self.0.limit).collect().await {
             Ok(collected) => Ok(collected.to_bytes()),
             Err(error) if error.is::<LengthLimitError>() => {
-                let error = call::too_large(limit as u64);
-                Err(Box::new(answer::failure(routes, &error.into())))
+                Err((call::too_large(self.0.limit as u64).into(), None))
             }
-            Err(error) => {
-                let Some(status) = find_status(&*error) else {
-                    let error = Error::invalid("body", "did not arrive whole");
-                    return Err(Box::new(answer::failure(routes, &error.into())));
-                };
-                let mut response = answer::failure(routes, status);
-                *response.status_mut() = StatusCode::REQUEST_TIMEOUT;
-                Err(Box::new(response))
-            }
+            Err(error) => Err(match find_status(&*error) {
+                Some(status) => (status.clone(), Some(StatusCode::REQUEST_TIMEOUT)),
+                None => (Error::invalid("body", "did not arrive whole").into(), None),
+            }),
         }
     }
 
-    /// Only JSON is taken. A page of another origin cannot send that without asking first, also
-    /// where no credential is needed.
+    /// Only JSON is taken, where there is a body at all. A page of another origin cannot send
+    /// that without asking first.
     fn check_content_type(&self, method: &Method, headers: &HeaderMap) -> Result<(), Refused> {
         if matches!(*method, Method::GET | Method::HEAD | Method::DELETE) {
             return Ok(());

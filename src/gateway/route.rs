@@ -1,6 +1,6 @@
 //! The ways to methods over HTTP, from the descriptors and their `google.api.http` annotations.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use http::StatusCode;
 use prost_reflect::{DescriptorPool, ExtensionDescriptor, MethodDescriptor};
@@ -73,6 +73,8 @@ pub struct Routes {
     pub mapping: Mapping,
     /// By path.
     pub tree: Tree<Arc<Route>>,
+    /// Unary and server-streaming methods by where gRPC finds them, with or without annotations.
+    pub methods: HashMap<String, Arc<Route>>,
 }
 
 impl Routes {
@@ -88,7 +90,7 @@ impl Routes {
             status: extension("baton.v1.http_status")?,
             events: extension("baton.v1.event_stream")?,
         };
-        let mut tree = Tree::new();
+        let (mut tree, mut methods) = (Tree::new(), HashMap::new());
         for service in pool.services() {
             for method in service.methods() {
                 let path = format!("/{}/{}", service.full_name(), method.name());
@@ -97,9 +99,12 @@ impl Routes {
                 }
                 add(&mapping, &options, &method, &path, &mut tree)
                     .map_err(|problem| format!("{path}: {problem}"))?;
+                if !method.is_client_streaming() {
+                    methods.insert(path.clone(), Arc::new(bare(&mapping, &method, path)?));
+                }
             }
         }
-        Ok(Self { mapping, tree })
+        Ok(Self { mapping, tree, methods })
     }
 }
 
@@ -172,6 +177,23 @@ fn add(
         tree.insert(template, &http_method, Arc::new(route))?;
     }
     Ok(())
+}
+
+/// A method as it is called by its own path: the body is the request.
+fn bare(mapping: &Mapping, method: &MethodDescriptor, path: String) -> Result<Route, String> {
+    let find = |name: &str| mapping.find(name).ok_or_else(|| format!("there is no type {name}"));
+    Ok(Route {
+        path,
+        method: method.clone(),
+        input: find(method.input().full_name())?,
+        output: find(method.output().full_name())?,
+        variables: Vec::new(),
+        body: Body::Whole,
+        response_body: None,
+        status: StatusCode::OK,
+        streaming: method.is_server_streaming(),
+        events: Events::default(),
+    })
 }
 
 fn pattern(rule: &HttpRule) -> Result<(String, &str), String> {

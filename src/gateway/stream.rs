@@ -346,7 +346,7 @@ struct Chunks {
     out: Out,
     /// When the last chunk went out.
     spoken: Instant,
-    /// Set for some time before the next comment is due: moving a timer for every chunk would
+    /// Set for some time before the next sign of life is due: moving a timer for every chunk would
     /// cost more than the chunk.
     idle: Pin<Box<Sleep>>,
     done: bool,
@@ -426,13 +426,16 @@ impl http_body::Body for Chunks {
                 Poll::Ready(Some(Err(status))) => this.finish(&status),
                 Poll::Ready(None) => this.finish(&Status::ok("")),
                 Poll::Pending => {
-                    if this.writer.form != Form::Events || this.idle.as_mut().poll(cx).is_pending()
-                    {
+                    if this.idle.as_mut().poll(cx).is_pending() {
                         return Poll::Pending;
                     }
                     let due = this.spoken + KEEP_ALIVE;
                     if due <= Instant::now() {
-                        this.out.joined().extend_from_slice(b": keep-alive\n\n");
+                        this.out.joined().extend_from_slice(match this.writer.form {
+                            Form::Events => b": keep-alive\n\n",
+                            // An empty line, and space between two elements.
+                            Form::Lines | Form::Array => b"\n",
+                        });
                         this.idle.as_mut().reset(Instant::now() + KEEP_ALIVE);
                     } else {
                         this.idle.as_mut().reset(due);

@@ -14,7 +14,7 @@ use super::{
     auth,
     body::{Arriving, Guarded},
     calls::{BODY_TIMEOUT, Calls},
-    protocol::{Ids, is_grpc, is_grpc_web},
+    protocol::{Ids, is_connect, is_grpc, is_grpc_web},
     work::Caught,
 };
 use crate::{
@@ -94,8 +94,10 @@ impl Edge {
         request.extensions_mut().insert(id);
         let peer = TcpConnectInfo { local_addr: None, remote_addr: Some(peer) };
         request.extensions_mut().insert(peer);
-        // Browsers ask by OPTIONS whether they may make a gRPC-Web call.
-        let of_browser = is_grpc_web(request.headers()) || request.method() == Method::OPTIONS;
+        // Browsers ask by OPTIONS whether they may make a call.
+        let headers = request.headers();
+        let of_browser =
+            is_grpc_web(headers) || is_connect(headers) || request.method() == Method::OPTIONS;
         let is_call = is_grpc(request.headers())
             || (inner.calls.method(request.uri().path()).is_some() && !of_browser);
         let mut response = if is_call {

@@ -44,6 +44,14 @@ pub(super) fn is_grpc_web(headers: &HeaderMap) -> bool {
     kind.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc-web"))
 }
 
+/// Whether the body is of a type that the Connect protocol has.
+pub(super) fn is_connect(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    let kind = kind.unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    matches!(kind, "application/json" | "application/proto")
+        || kind.starts_with("application/connect+")
+}
+
 /// Refuses `-bin` metadata that is not base64.
 pub(super) fn check_binary_metadata(headers: &HeaderMap) -> Result<(), Error> {
     use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};

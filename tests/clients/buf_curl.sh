@@ -19,4 +19,15 @@ if refusal=$(call TaskService/GetTask '{"taskId": "018f0000-0000-7000-8000-00000
 fi
 grep -q not_found <<<"$refusal"
 grep -q ErrorInfo <<<"$refusal"
+# The same over the protocols of browsers, in HTTP/1.1.
+for protocol in connect grpcweb; do
+  other() { buf curl --schema proto --protocol $protocol "http://$ADDR/baton.v1.$1" -d "$2"; }
+  [ "$(other TaskService/GetTaskResult "{\"taskId\": \"$task\"}")" = "$text" ]
+  [ "$(other TaskService/StreamTask "{\"taskId\": \"$task\"}")" = "$events" ]
+  if refusal=$(other TaskService/GetTask '{"taskId": "018f0000-0000-7000-8000-000000000000"}' 2>&1); then
+    echo "$protocol: a task that does not exist was returned: $refusal"
+    exit 1
+  fi
+  grep -q not_found <<<"$refusal"
+done
 echo "ok: submitted, followed and read $task"

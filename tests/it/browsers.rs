@@ -134,6 +134,49 @@ async fn only_pages_of_configured_origins_may_call() {
 }
 
 #[tokio::test]
+async fn pages_of_strangers_do_not_reach_a_server_without_credentials() {
+    let hosts = [("BATON_HTTP_ALLOWED_HOSTS", "baton.test")];
+    let (open, named) = (Local::start(&[]).await, Local::start(&hosts).await);
+    let locked = Local::start(&[("BATON_AUTH_REQUIRED", "true")]).await;
+    let client = Client::new();
+    let id = submit(&client, open.addr).await;
+    let paths = ["/v1/tasks", "/docs", "/openapi.json", "/metrics", "/readyz", "/v1/nothing"];
+    let stream = format!("/v1/tasks/{id}/stream");
+    for path in paths.into_iter().chain([&*stream]) {
+        // The name of a page that was made to point here.
+        let rebound = [("host", "evil.example.org")];
+        let refused = get(&client, at(open.addr, path), &rebound).await;
+        assert_eq!(refused.status(), StatusCode::FORBIDDEN, "{path}");
+        let refused = body(refused).await;
+        let message = refused["message"].as_str().unwrap_or_default();
+        assert_eq!(reason(&refused), "PERMISSION_DENIED");
+        assert!(message.contains("http.allowed_hosts"), "{message}");
+        let own = get(&client, at(open.addr, path), &[("host", "localhost:1")]).await;
+        assert_ne!(own.status(), StatusCode::FORBIDDEN, "{path}");
+    }
+    let by_name = [("host", "baton.test:7070")];
+    assert_eq!(get(&client, at(open.addr, "/v1/tasks"), &by_name).await.status(), 403);
+    assert_eq!(get(&client, at(named.addr, "/v1/tasks"), &by_name).await.status(), 200);
+    // With credentials there is nothing that a browser would add by itself.
+    let rebound = [("host", "evil.example.org")];
+    assert_eq!(get(&client, at(locked.addr, "/v1/tasks"), &rebound).await.status(), 401);
+
+    for path in [&*format!("/v1/tasks/{id}/cancel"), "/baton.v1.TaskService/CancelTask"] {
+        for origin in ["https://evil.example.org", "null"] {
+            let sent = client.post(at(open.addr, path)).header("origin", origin);
+            let sent = sent.json(&json!({ "taskId": id })).send();
+            let sent = within("an answer", SOON, sent).await.expect("an answer");
+            assert_eq!(sent.status(), StatusCode::FORBIDDEN, "{path} {origin}");
+            assert!(body(sent).await["message"].to_string().contains("http.cors_origins"));
+        }
+    }
+    assert_eq!(open.api().get(&id).await.state(), pb::TaskState::Queued);
+    for server in [open, named, locked] {
+        server.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn whole_answers_are_compressed_and_streams_are_not() {
     let server = Local::start(&[]).await;
     let (addr, client) = (server.addr, Client::new());

@@ -171,8 +171,19 @@ async fn what_is_refused_says_why_and_where() {
         let plain = client.post(at(addr, "/v1/tasks")).header("content-type", "text/plain");
         let plain = plain.body("{}").send().await.expect("an answer");
         assert_eq!(plain.status(), StatusCode::UNSUPPORTED_MEDIA_TYPE);
+        // Where there is no body there is nothing to be of a type.
         let bare = client.post(at(addr, "/v1/tasks/x/cancel")).send().await.expect("an answer");
-        assert_eq!(bare.status(), StatusCode::UNSUPPORTED_MEDIA_TYPE);
+        assert_eq!(bare.status(), StatusCode::NOT_FOUND);
+
+        let other = json!({"taskId": "018f0000-0000-7000-8000-000000000000", "reason": "mine"});
+        let id = submit(&client, addr).await;
+        let cancel = at(addr, &format!("/v1/tasks/{id}/cancel"));
+        let twice = client.post(&cancel).json(&other).send().await.expect("an answer");
+        assert_eq!(twice.status(), StatusCode::BAD_REQUEST);
+        let twice = body(twice).await;
+        assert_eq!(reason(&twice), "INVALID_PARAMS");
+        let violations = &twice["details"].as_array().expect("details")[1]["fieldViolations"];
+        assert_eq!(violations[0]["field"], "task_id", "{twice}");
 
         let large = json!({"spec": {"model": MODEL, "input": {"text": "x".repeat(70_000)}}});
         let large = client.post(at(addr, "/v1/tasks")).json(&large).send().await.expect("one");
@@ -346,23 +357,44 @@ async fn one_stream_carries_several_tasks() {
 }
 
 #[tokio::test]
-async fn an_idle_stream_is_kept_alive_by_comments() {
+async fn an_idle_stream_shows_signs_of_life_that_mean_nothing() {
     let server = Local::start(&[]).await;
     let client = Client::new();
     let id = submit(&client, server.addr).await;
     let url = at(server.addr, &format!("/v1/tasks/{id}/stream"));
-    let mut stream = get(&client, url, &[]).await;
-    let started = std::time::Instant::now();
-    let mut text = String::new();
-    within("a comment", Duration::from_secs(20), async {
-        while !text.contains("\n: ") {
-            let chunk = stream.chunk().await.expect("a sound stream").expect("no end");
-            text.push_str(std::str::from_utf8(&chunk).expect("UTF-8"));
-        }
-    })
-    .await;
-    assert!(started.elapsed() > Duration::from_secs(14), "after {:?}", started.elapsed());
-    assert!(text.starts_with("retry: "), "{text}");
+    let idle = async |form: &str, sign: &str| {
+        let mut stream = get(&client, url.clone(), &[("accept", form)]).await;
+        let started = std::time::Instant::now();
+        let mut text = String::new();
+        within("a sign of life", Duration::from_secs(20), async {
+            while !text.ends_with(sign) {
+                let chunk = stream.chunk().await.expect("a sound stream").expect("no end");
+                text.push_str(std::str::from_utf8(&chunk).expect("UTF-8"));
+            }
+        })
+        .await;
+        assert!(started.elapsed() > Duration::from_secs(14), "after {:?}", started.elapsed());
+        (stream, text)
+    };
+    let (events, lines, array) = tokio::join!(
+        idle("text/event-stream", "\n: keep-alive\n\n"),
+        idle("application/x-ndjson", "}\n\n"),
+        idle("application/json", "}\n"),
+    );
+    assert!(events.1.starts_with("retry: "), "{}", events.1);
+    let cancel = client.post(at(server.addr, &format!("/v1/tasks/{id}/cancel"))).send().await;
+    assert_eq!(cancel.expect("an answer").status(), StatusCode::OK);
+    let whole = async |(stream, text): (Response, String)| {
+        text + &within("the end", SOON, stream.text()).await.expect("text")
+    };
+    let array: Value = serde_json::from_str(&whole(array).await).expect("JSON all the same");
+    let lines = whole(lines).await;
+    let lines: Vec<Value> = lines
+        .lines()
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    assert_eq!((lines.len(), &array), (2, &Value::Array(lines.clone())));
     server.stop().await;
 }
 

@@ -13,6 +13,7 @@ mod auth;
 mod browsers;
 mod command_line;
 mod commands;
+mod connect;
 mod determinism;
 mod failover;
 mod gateway;

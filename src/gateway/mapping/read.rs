@@ -57,6 +57,11 @@ impl<'m> Reader<'m> {
     }
 
     /// The message as read so far.
+    pub fn as_message(&self) -> &[u8] {
+        &self.out
+    }
+
+    /// The message as read so far.
     pub fn into_message(self) -> Vec<u8> {
         self.out
     }
