@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 
 use super::{
     call::{PREFIX, is_metadata},
+    etag,
     mapping::{Mapping, TypeId},
     route::{Route, Routes},
 };
@@ -52,6 +53,9 @@ pub async fn unary(routes: &Routes, route: &Route, answer: Response<Guarded>) ->
     let mut response = Response::new(Body::from(json));
     *response.status_mut() = route.status;
     response.headers_mut().insert(header::CONTENT_TYPE, JSON);
+    response
+        .headers_mut()
+        .extend(etag::of(mapping, route, &message).map(|tag| (header::ETAG, tag)));
     copy_metadata(&head.headers, response.headers_mut());
     copy_metadata(&trailers, response.headers_mut());
     response

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use super::{
+    etag,
     mapping::{
         Field, Form, Kind, Mapping, Problem, Reader, Shape, TypeId,
         wire::{self, Value},
@@ -23,6 +24,8 @@ pub struct Parts<'a> {
     pub body: &'a [u8],
     /// The id after which a stream goes on.
     pub last_event_id: Option<u64>,
+    /// The tag that the resource must have.
+    pub etag: Option<&'a str>,
 }
 
 /// Names and values of a query, decoded.
@@ -71,18 +74,10 @@ pub fn request(mapping: &Mapping, route: &Route, parts: Parts<'_>) -> Result<Vec
     bind_query(mapping, route, parts.query, &mut reader)?;
     for (path, text) in route.variables.iter().zip(parts.captures) {
         let (within, field) = resolve(mapping, route.input, path);
-        let given = value(reader.as_message(), &within, field);
-        if given.is_some() {
-            let mut alone = Reader::new(mapping);
-            alone.text(&within, field, text).map_err(invalid)?;
-            if given != value(alone.as_message(), &within, field) {
-                return Err(Error::invalid(
-                    names(&within, field),
-                    format!("is `{text}` in the path and another in the body; leave it out there"),
-                ));
-            }
-        }
-        reader.text(&within, field, text).map_err(invalid)?;
+        once(mapping, &mut reader, &within, field, text, "the path")?;
+    }
+    if let (Some(tag), Some(at)) = (parts.etag, etag::field(mapping, route.input)) {
+        once(mapping, &mut reader, &[], &described.fields[at], tag, "if-match")?;
     }
     if let (Some(last), Some(at)) = (parts.last_event_id, route.events.resume) {
         let next = last.saturating_add(1).to_string();
@@ -182,6 +177,28 @@ fn resolve<'m>(
         field = &mapping.message(inner).fields[*at];
     }
     (within, field)
+}
+
+/// Reads a field from `place`, unless it was given before with another value.
+fn once<'m>(
+    mapping: &'m Mapping,
+    reader: &mut Reader<'m>,
+    within: &[&'m Field],
+    field: &'m Field,
+    text: &str,
+    place: &str,
+) -> Result<()> {
+    let given = value(reader.as_message(), within, field);
+    if given.is_some() {
+        let mut alone = Reader::new(mapping);
+        alone.text(within, field, text).map_err(invalid)?;
+        if given != value(alone.as_message(), within, field) {
+            let description =
+                format!("is `{text}` in {place} and another elsewhere; leave it out there");
+            return Err(Error::invalid(names(within, field), description));
+        }
+    }
+    reader.text(within, field, text).map_err(invalid)
 }
 
 /// The value of a field in an encoded message, unless it is unset.

@@ -341,14 +341,13 @@ async fn unary(
             Err(status) => return failure(mapping, &status),
         },
     };
-    let mut response = match answer::error(&trailers) {
-        Some(status) => failure(mapping, &status),
-        None => {
-            let mut written = Vec::with_capacity(message.len() * 2);
-            match codec.write(mapping, route.output, &message, &mut written) {
-                Ok(()) => respond(StatusCode::OK, codec.unary_type(), written),
-                Err(error) => failure(mapping, &error.into()),
-            }
+    let mut response = if let Some(status) = answer::error(&trailers) {
+        failure(mapping, &status)
+    } else {
+        let mut written = Vec::with_capacity(message.len() * 2);
+        match codec.write(mapping, route.output, &message, &mut written) {
+            Ok(()) => respond(StatusCode::OK, codec.unary_type(), written),
+            Err(error) => failure(mapping, &error.into()),
         }
     };
     answer::copy_metadata(&head.headers, response.headers_mut());

@@ -11,6 +11,9 @@ mod answer;
 mod bind;
 mod call;
 mod connect;
+mod etag;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod guard;
 mod mapping;
 mod openapi;
@@ -187,19 +190,30 @@ impl Gateway {
             Holds::None if parts.headers.get(header::CONTENT_LENGTH).is_none() => Bytes::new(),
             _ => self.collect(body).await?,
         };
-        let fields = bind::Parts { captures, query: &query, body: &body, last_event_id };
+        let etag = etag::wanted(&routes.mapping, &route, &parts.method, &parts.headers);
+        let etag = etag.map_err(refuse)?;
+        let fields = bind::Parts {
+            captures,
+            query: &query,
+            body: &body,
+            last_event_id,
+            etag: etag.as_deref(),
+        };
         let message = bind::request(&routes.mapping, &route, fields).map_err(refuse)?;
         let request = call::request(&route.path, &message, headers, parts.extensions);
         let answer = self.0.calls.call(request.map_err(refuse)?).await;
-        Ok(match form {
-            Some(form) => {
-                let resumed = last_event_id.is_some();
-                let encoded = self.0.calls.metrics().json_answers.clone();
-                let style = Style { route, form, resumed, encoded };
-                stream::response(routes.clone(), style, answer).await
-            }
-            None => answer::unary(&routes, &route, answer).await,
-        })
+        if let Some(form) = form {
+            let resumed = last_event_id.is_some();
+            let encoded = self.0.calls.metrics().json_answers.clone();
+            let style = Style { route, form, resumed, encoded };
+            return Ok(stream::response(routes.clone(), style, answer).await);
+        }
+        let mut response = answer::unary(&routes, &route, answer).await;
+        // What another has changed meanwhile is a conflict, and to HTTP a condition.
+        if etag.is_some() && response.status() == StatusCode::CONFLICT {
+            *response.status_mut() = StatusCode::PRECONDITION_FAILED;
+        }
+        Ok(response)
     }
 
     /// The whole body, within its limit.

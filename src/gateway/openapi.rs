@@ -84,7 +84,7 @@ pub fn document(routes: &Routes, pool: &DescriptorPool) -> Value {
 
 /// The path with one parameter a segment: a parameter cannot hold a slash.
 fn path(template: &Template) -> String {
-    let mut names = parameter_names(template).into_iter();
+    let mut names = path_parameters(template).into_iter().map(|parameter| parameter.name);
     let mut path = String::new();
     for segment in &template.segments {
         path.push('/');
@@ -104,27 +104,37 @@ fn path(template: &Template) -> String {
     path
 }
 
-/// A name for each segment that is not literal, in order.
-fn parameter_names(template: &Template) -> Vec<String> {
-    let mut names = Vec::new();
+/// A parameter of a path.
+struct Parameter {
+    name: String,
+    /// The field that it is, or is a part of.
+    field: Vec<Box<str>>,
+}
+
+/// The parameter of each segment that is not literal, in order. Many readers of the description
+/// take names with dots for something else.
+fn path_parameters(template: &Template) -> Vec<Parameter> {
+    let wild = |segments: &[Segment]| {
+        segments.iter().filter(|it| !matches!(it, Segment::Literal(_))).count()
+    };
+    let mut parameters = Vec::new();
     for (at, segment) in template.segments.iter().enumerate() {
         if matches!(segment, Segment::Literal(_)) {
             continue;
         }
         let variable = template.variables.iter().find(|it| it.segments.contains(&at));
-        let name = variable.map_or_else(|| format!("segment{at}"), |it| it.path.join("."));
-        let wild = |segments: &[Segment]| {
-            segments.iter().filter(|it| !matches!(it, Segment::Literal(_))).count()
-        };
-        names.push(match variable {
+        let field = variable.map(|it| it.path.clone()).unwrap_or_default();
+        let name = match variable {
+            None => format!("segment{at}"),
             Some(it) if wild(&template.segments[it.segments.clone()]) > 1 => {
                 let nth = wild(&template.segments[it.segments.start..=at]);
-                format!("{name}.{nth}")
+                format!("{}_{nth}", field.join("_"))
             }
-            _ => name,
-        });
+            Some(_) => field.join("_"),
+        };
+        parameters.push(Parameter { name, field });
     }
-    names
+    parameters
 }
 
 struct Writer {
@@ -141,9 +151,8 @@ impl Writer {
         let comment = self.comments.of(method.parent_file().name(), method.path()).to_owned();
         let summary = comment.split_inclusive(". ").next().unwrap_or_default().trim();
         let mut parameters = Vec::new();
-        for name in parameter_names(template) {
-            let field = name.rsplit_once('.').map_or(&*name, |(field, _)| field);
-            let field = input.get_field_by_name(field).or_else(|| input.get_field_by_name(&name));
+        for Parameter { name, field } in path_parameters(template) {
+            let field = field.first().and_then(|field| input.get_field_by_name(field));
             let about = field.as_ref().map(|field| self.about(field)).unwrap_or_default();
             parameters.push(json!({
                 "name": name, "in": "path", "required": true, "description": about,
@@ -172,6 +181,12 @@ impl Writer {
                 "description": "The stream goes on after this event.",
             }));
         }
+        if input.get_field_by_name("etag").is_some_and(|field| field.kind() == Kind::String) {
+            parameters.push(json!({
+                "name": "If-Match", "in": "header", "schema": {"type": "string"},
+                "description": "The `ETag` that the resource must still have; 412 if it has not.",
+            }));
+        }
         let mut operation = json!({
             "tags": [method.parent_service().name()],
             "summary": summary,
@@ -186,7 +201,7 @@ impl Writer {
         };
         if let Some(schema) = body {
             let content = json!({"application/json": {"schema": schema}});
-            operation["requestBody"] = json!({"required": true, "content": content});
+            operation["requestBody"] = json!({ "content": content });
         }
         operation
     }

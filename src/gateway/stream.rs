@@ -267,7 +267,7 @@ impl Writer {
 }
 
 /// Writes what comes before the JSON of an event.
-fn open(events: &Events, message: &[u8], out: &mut Vec<u8>) {
+pub fn open(events: &Events, message: &[u8], out: &mut Vec<u8>) {
     let (mut id, mut name, mut mixed) = (None, None, false);
     for found in wire::fields(message).flatten() {
         let number = Some(found.number);

@@ -208,7 +208,7 @@ async fn the_api_describes_itself_and_its_page_needs_nothing_from_elsewhere() {
     let schema = "#/components/schemas/SubmitTaskResponse";
     let answer = &submit["responses"]["202"]["content"]["application/json"]["schema"];
     assert_eq!(answer["$ref"], schema);
-    let pause = &api["paths"]["/v1/queues/{model.1}/{model.2}:pause"]["post"]["parameters"];
+    let pause = &api["paths"]["/v1/queues/{model_1}/{model_2}:pause"]["post"]["parameters"];
     assert_eq!(pause.as_array().map(Vec::len), Some(2));
     // Every reference leads somewhere.
     let text = api.to_string();

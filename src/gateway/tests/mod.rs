@@ -1,5 +1,6 @@
 //! The gateway: tables of cases from the specifications, and properties of any message and path.
 
+mod corpus;
 mod json;
 mod paths;
 mod random;

@@ -1,10 +1,14 @@
 //! From requests to messages: paths, queries and bodies, by the rules of `google.api.http`.
 
-use super::{ROUTES, mapping, write};
+use http::{HeaderMap, HeaderValue, Method, header};
+
+use super::{POOL, ROUTES, mapping, write};
 use crate::{
     error::Error,
     gateway::{
         bind::{self, Parts},
+        etag,
+        route::Routes,
         template::Found,
     },
 };
@@ -144,8 +148,13 @@ fn outcome(line: &str, body: &str) -> String {
         Ok(query) => query,
         Err(error) => return refused(&error),
     };
-    let parts =
-        Parts { captures: &captures, query: &query, body: body.as_bytes(), last_event_id: None };
+    let parts = Parts {
+        captures: &captures,
+        query: &query,
+        body: body.as_bytes(),
+        last_event_id: None,
+        etag: None,
+    };
     match bind::request(mapping(), route, parts) {
         Ok(message) => {
             let name = route.path.rsplit('/').next().unwrap();
@@ -173,7 +182,8 @@ fn every_bad_parameter_is_named_at_once() {
         panic!("no route");
     };
     let query = bind::query("deep=1&pages=x&zzz=1").unwrap();
-    let parts = Parts { captures: &captures, query: &query, body: b"", last_event_id: None };
+    let parts =
+        Parts { captures: &captures, query: &query, body: b"", last_event_id: None, etag: None };
     let error = bind::request(mapping(), route, parts).unwrap_err();
     let fields: Vec<_> = error.violations().iter().map(|violation| &*violation.field).collect();
     assert_eq!(fields, ["deep", "pages", "zzz"]);
@@ -186,12 +196,71 @@ fn a_browser_that_comes_back_asks_for_the_next_event_whatever_the_address_says()
     };
     let query = bind::query("from=3").unwrap();
     let at = |last_event_id| {
-        let parts = Parts { captures: &captures, query: &query, body: b"", last_event_id };
+        let parts =
+            Parts { captures: &captures, query: &query, body: b"", last_event_id, etag: None };
         write("library.Book", &bind::request(mapping(), route, parts).unwrap())
     };
     assert_eq!(at(None), r#"{"from":"3"}"#);
     assert_eq!(at(Some(41)), r#"{"from":"42"}"#);
     assert_eq!(at(Some(u64::MAX)), format!("{{\"from\":\"{}\"}}", u64::MAX));
+}
+
+#[test]
+fn a_condition_is_the_etag_of_the_request_and_the_etag_of_an_answer_is_a_header() {
+    let Found::Match(route, captures) = ROUTES.tree.find("POST", "/v1/shelves/1:archive") else {
+        panic!("no route");
+    };
+    let query = bind::query("").unwrap();
+    let bound = |if_match: &'static str, body: &str| {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::IF_MATCH, HeaderValue::from_static(if_match));
+        let etag = etag::wanted(mapping(), route, &Method::POST, &headers)?;
+        let parts = Parts {
+            captures: &captures,
+            query: &query,
+            body: body.as_bytes(),
+            last_event_id: None,
+            etag: etag.as_deref(),
+        };
+        bind::request(mapping(), route, parts).map(|message| write("library.Book", &message))
+    };
+    let tagged = r#"{"name":"shelves/1","etag":"v7"}"#;
+    assert_eq!(bound("\"v7\"", "").unwrap(), tagged);
+    assert_eq!(bound("\"v7\"", r#"{"etag":"v7"}"#).unwrap(), tagged);
+    assert_eq!(bound("*", "").unwrap(), r#"{"name":"shelves/1"}"#);
+    for (if_match, body, field) in [
+        ("\"v7\"", r#"{"etag":"v6"}"#, "etag"),
+        ("v7", "", "if-match"),
+        ("W/\"v7\"", "", "if-match"),
+        ("\"v7\", \"v8\"", "", "if-match"),
+        ("\"\"", "", "if-match"),
+    ] {
+        assert_eq!(bound(if_match, body).unwrap_err().violations()[0].field, field, "{if_match}");
+    }
+    let answer = |json: &str| {
+        etag::of(mapping(), route, &super::read("library.Book", json).unwrap())
+            .map(|tag| tag.to_str().unwrap().to_owned())
+    };
+    assert_eq!(answer(r#"{"name":"n","etag":"v7"}"#).as_deref(), Some("\"v7\""));
+    for none in ["{}", r#"{"etag":""}"#, r#"{"etag":"a\"b"}"#, r#"{"etag":"a\nb"}"#] {
+        assert_eq!(answer(none), None, "{none}");
+    }
+}
+
+#[test]
+fn a_condition_on_a_method_that_would_not_look_at_it_is_refused() {
+    let routes = Routes::new(&POOL, |path| path.starts_with("/baton.v1.TaskService/")).unwrap();
+    let mut headers = HeaderMap::new();
+    headers.insert(header::IF_MATCH, HeaderValue::from_static("\"v7\""));
+    for (method, path, refused) in
+        [(Method::POST, "/v1/tasks", true), (Method::GET, "/v1/tasks/x", false)]
+    {
+        let Found::Match(route, _) = routes.tree.find(method.as_str(), path) else {
+            panic!("no route");
+        };
+        let wanted = etag::wanted(&routes.mapping, route, &method, &headers);
+        assert_eq!(wanted.is_err(), refused, "{path}");
+    }
 }
 
 #[test]
