@@ -65,7 +65,7 @@
 //! Kernels know no noun of the domain: [`clock`], [`id`], [`error`], [`db`], [`events`],
 //! [`queue`], [`blob`], [`relay`], [`twin`]. Slices have one noun each, and the same file names mean the same
 //! role in each: `model`, `state`, `store`, `convert`, `service`. Edges know no SQL: [`grpc`],
-//! [`gateway`], [`agent`]. Imports point from edges to slices to kernels;
+//! [`gateway`], [`facades`], [`agent`]. Imports point from edges to slices to kernels;
 //! `tests/architecture.rs` holds the code to it. [`faults`] are defects that tests plant.
 
 pub mod blob;
@@ -91,6 +91,7 @@ pub mod bench;
 pub mod keys;
 pub mod tasks;
 
+pub mod facades;
 pub mod gateway;
 pub mod grpc;
 pub mod runners;

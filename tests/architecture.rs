@@ -13,7 +13,7 @@ const MAX_LINES: usize = 500;
 const GROUND: &[&str] = &["error", "id", "clock", "faults", "json", "near", "twin"];
 
 /// What each module may import besides [`GROUND`], itself and what the wire rules allow.
-/// Direction of the whole: `main -> cli -> app -> gateway -> grpc -> slices -> kernels -> ground`.
+/// Direction of the whole: `main -> cli -> app -> facades -> gateway -> grpc -> slices -> kernels -> ground`.
 const EDGES: &[(&str, &[&str])] = &[
     ("error", &["pb"]),
     ("id", &[]),
@@ -62,6 +62,7 @@ const EDGES: &[(&str, &[&str])] = &[
     // Edges.
     ("grpc", &["config", "supervisor", "telemetry", "tls", "keys"]),
     ("gateway", &["config", "telemetry", "keys", "grpc"]),
+    ("facades", &["config", "keys", "grpc", "gateway"]),
     // The agent shares the pure halves of the protocol and nothing else of the server.
     // For Rust programs: the generated clients, and how errors come back.
     ("client", &["grpc::status", "tls"]),
@@ -193,7 +194,10 @@ fn faults(source: &Source) -> Vec<String> {
     }
     let serves = matches!(source.role(), "service" | "convert");
     let at_edge = OPEN.contains(&module)
-        || matches!(module, "grpc" | "gateway" | "agent" | "client" | "telemetry" | "tls")
+        || matches!(
+            module,
+            "grpc" | "gateway" | "facades" | "agent" | "client" | "telemetry" | "tls"
+        )
         || serves;
     if let Some(edges) = edges {
         for (first, second) in source.crate_paths() {

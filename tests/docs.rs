@@ -55,7 +55,8 @@ fn commands_in_the_documents_exist() {
     use clap::Parser as _;
     let mut wrong = Vec::new();
     let readme = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("README.md");
-    let pages = ["benchmarks.md", "clients.md", "engines.md", "operations.md", "protocol.md"];
+    let pages =
+        ["benchmarks.md", "clients.md", "engines.md", "facades.md", "operations.md", "protocol.md"];
     for path in std::iter::once(readme).chain(pages.map(document)) {
         // A command may go on behind a backslash.
         let text = fs::read_to_string(&path).unwrap_or_default().replace("\\\n", " ");

@@ -20,6 +20,7 @@ use crate::{
     dispatch::{self, Dispatcher, Sweep},
     error::Error,
     events::Tail,
+    facades,
     faults::{self, Fault},
     gateway::Gateway,
     grpc::{
@@ -191,6 +192,7 @@ impl App {
             supervisor: supervisor.clone(),
         });
         let http = health::router(health.clone(), metrics.clone(), gauges);
+        let http = http.merge(facades::router(calls.clone(), &config)?);
         let http = Gateway::new(calls.clone(), &config)?.serve_on(http);
         let edge = Edge::new(calls, http, &entropy);
         let threads_end = CancellationToken::new();

@@ -40,6 +40,10 @@ use prost_reflect::DescriptorPool;
 use tonic::Status;
 use tower_http::cors::CorsLayer;
 
+pub use self::{
+    answer::BACKOFF,
+    call::{metadata, too_large},
+};
 use self::{
     guard::Guard,
     route::{Body as Holds, Route, Routes},

@@ -64,6 +64,11 @@ pub fn cors(config: &config::Http) -> Option<CorsLayer> {
         HeaderName::from_static("grpc-status"),
         HeaderName::from_static("grpc-message"),
         HeaderName::from_static("grpc-status-details-bin"),
+        // Of the facades.
+        HeaderName::from_static("x-request-id"),
+        HeaderName::from_static("x-fal-request-id"),
+        HeaderName::from_static("x-fal-error-type"),
+        HeaderName::from_static("x-fal-request-timeout-type"),
     ];
     let methods =
         [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE];

@@ -19,6 +19,11 @@ use crate::{
     id::{Namespace, TaskId},
 };
 
+/// Whether a text has the form of a credential of this server: a key or a token.
+pub fn is_credential(text: &str) -> bool {
+    text.starts_with("bt_") || text.starts_with(signer::PREFIX)
+}
+
 /// What a credential may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Scope {

@@ -1,4 +1,5 @@
-//! Echoes `input.text` word by word: the engine of tests and benchmarks.
+//! Echoes `input.text`, or the last of `input.messages`, word by word: the engine of tests and
+//! benchmarks.
 
 use std::{sync::Arc, time::Duration};
 
@@ -125,7 +126,7 @@ impl Echo {
 }
 
 async fn echo(work: Work, emitter: Emitter, delay_ms: u64) -> Result<Completion, Failure> {
-    let params: Params = work.params()?;
+    let params: Params = work.params(&[])?;
     let delay_ms = params.delay_ms.unwrap_or(delay_ms);
     let text = work.text(&["text", "prompt"])?;
     let fail = params.fail.filter(|fail| fail.times.is_none_or(|times| work.attempt <= times));
@@ -143,7 +144,7 @@ async fn echo(work: Work, emitter: Emitter, delay_ms: u64) -> Result<Completion,
     let mut result = String::new();
     'saying: for round in 0..params.repeat {
         let space = if round > 0 { " " } else { "" };
-        for (i, word) in words(text).enumerate() {
+        for (i, word) in words(&text).enumerate() {
             if said == limit {
                 break 'saying;
             }
@@ -169,7 +170,7 @@ async fn echo(work: Work, emitter: Emitter, delay_ms: u64) -> Result<Completion,
     }
     Ok(Completion {
         result: Map::from_iter([("text".to_owned(), Value::String(result))]),
-        tokens_in: words(text).count() as u64,
+        tokens_in: words(&text).count() as u64,
         tokens_out: said,
     })
 }
@@ -231,9 +232,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn says_the_last_of_messages_whatever_the_settings_of_a_sampler() {
+        let parts = json!([{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]);
+        for (content, said) in [(json!("hello world"), "hello world"), (parts, "two parts")] {
+            let messages = json!([{"role": "system", "content": "be brief"}, {"content": content}]);
+            let params = json!({"temperature": 0.5, "max_tokens": 100, "repeat": 1});
+            let work = testing::work(json!({"messages": messages}), params);
+            let (events, ended) = testing::run(&Echo::default(), work).await;
+            assert_eq!(testing::text(&events), said);
+            assert!(ended.is_ok());
+        }
+    }
+
+    #[tokio::test]
     async fn refuses_what_it_does_not_understand() {
         for (input, params) in [
             (json!({}), json!({})),
+            (json!({"messages": []}), json!({})),
+            (json!({"messages": [{"content": [{"type": "image_url"}]}]}), json!({})),
+            (json!({"text": ""}), json!({"stop": ["x"]})),
             (json!({"text": 1}), json!({})),
             (json!({"text": ""}), json!({"dely_ms": 1})),
         ] {

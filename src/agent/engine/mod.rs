@@ -10,7 +10,7 @@ pub mod ngram;
 pub mod openai;
 pub mod sse;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use serde::de::DeserializeOwned;
@@ -23,6 +23,16 @@ use crate::{
     error::{Error, Reason, reason_name},
     id::TaskId,
 };
+
+/// Settings of samplers that clients of language models set whatever the model.
+const SAMPLING: [&str; 6] = [
+    "frequency_penalty",
+    "max_completion_tokens",
+    "max_tokens",
+    "presence_penalty",
+    "temperature",
+    "top_p",
+];
 
 /// Executes attempts.
 pub trait Engine: Send + Sync + 'static {
@@ -108,25 +118,44 @@ pub struct Work {
 }
 
 impl Work {
-    /// The parameters as a type of the engine's own.
+    /// The parameters as a type of the engine's own, which knows these `names`. Settings that
+    /// samplers have and that are not among them are left out: clients set them for any model.
     ///
     /// # Errors
     /// `INPUT_REJECTED` when they do not fit.
-    pub fn params<T: DeserializeOwned>(&self) -> Result<T, Failure> {
-        serde_json::from_value(Value::Object(self.params.clone()))
+    pub fn params<T: DeserializeOwned>(&self, names: &[&str]) -> Result<T, Failure> {
+        let mut params = self.params.clone();
+        params.retain(|name, _| names.contains(&name.as_str()) || !SAMPLING.contains(&&**name));
+        serde_json::from_value(Value::Object(params))
             .map_err(|error| Failure::input(format!("params: {error}")))
     }
 
-    /// A text of the input: the first of `names` that is there.
+    /// A text of the input: the first of `names` that is there, or else that of the last of its
+    /// `messages`.
     ///
     /// # Errors
     /// `INPUT_REJECTED` when none is, or when it is not a string.
-    pub fn text(&self, names: &[&str]) -> Result<&str, Failure> {
+    pub fn text(&self, names: &[&str]) -> Result<Cow<'_, str>, Failure> {
         let found = names.iter().find_map(|name| Some((name, self.input.get(*name)?)));
         match found {
-            Some((_, Value::String(text))) => Ok(text),
-            Some((name, _)) => Err(Failure::input(format!("input.{name} is not a string"))),
-            None => Err(Failure::input(format!("input.{} is missing", names.join(" or input.")))),
+            Some((_, Value::String(text))) => return Ok(text.into()),
+            Some((name, _)) => return Err(Failure::input(format!("input.{name} is not a string"))),
+            None => {}
+        }
+        let Some(messages) = self.input.get("messages") else {
+            return Err(Failure::input(format!("input.{} is missing", names.join(" or input."))));
+        };
+        let last = messages.as_array().and_then(|messages| messages.last());
+        match last.and_then(|message| message.get("content")) {
+            Some(Value::String(text)) => Ok(text.into()),
+            Some(Value::Array(parts)) => {
+                let texts = parts.iter().map(|part| part.get("text").and_then(Value::as_str));
+                let text: Option<String> = texts.collect();
+                text.map(Cow::Owned).ok_or_else(|| {
+                    Failure::input("input.messages: the last has a part that is no text")
+                })
+            }
+            _ => Err(Failure::input("input.messages: the last has no text as its content")),
         }
     }
 }

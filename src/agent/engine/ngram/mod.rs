@@ -75,6 +75,8 @@ const TUNABLE: &[&str] = &["max_tokens", "temperature", "tokens_per_second"];
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Params {
+    /// Also by the name that chat clients use now.
+    #[serde(alias = "max_completion_tokens")]
     max_tokens: Option<u64>,
     /// 0 is greedy, 1 samples as the text has it.
     temperature: Option<f64>,
@@ -199,7 +201,7 @@ async fn generate(
     work: Work,
     emitter: Emitter,
 ) -> Result<Completion, Failure> {
-    let params: Params = work.params()?;
+    let params: Params = work.params(&["max_tokens", "max_completion_tokens", "temperature"])?;
     let temperature = params.temperature.or(tuning.temperature).unwrap_or(TEMPERATURE);
     let max_tokens = params.max_tokens.or(tuning.max_tokens).unwrap_or(MAX_TOKENS);
     if !(0.0..=10.0).contains(&temperature) {
@@ -211,7 +213,7 @@ async fn generate(
         None => None,
     };
     let prompt = work.text(&["prompt", "text"])?;
-    let tokens = tokenize(prompt);
+    let tokens = tokenize(&prompt);
     let mut context = model.context(&tokens);
     let mut fresh = tokens.last().is_none_or(|last| last == BREAK);
     let random = Entropy::seeded(work.seed);
