@@ -175,6 +175,8 @@ pub struct Http {
     /// and loopback addresses, such as `baton.test`, with commas between. Any other host is
     /// refused: a page that gave its own name to this address could call otherwise.
     pub allowed_hosts: String,
+    /// Whether `/jobs`, `/requests` and the older `/upload` and `/api` are served.
+    pub job_routes: bool,
 }
 
 impl Http {

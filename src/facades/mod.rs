@@ -6,6 +6,7 @@
 //! state, and keeps nothing between two requests.
 
 mod fal;
+mod jobs;
 mod openai;
 mod served;
 mod sse;
@@ -38,7 +39,8 @@ pub fn router(calls: Calls, config: &Config) -> anyhow::Result<Router> {
     let open = !config.auth.required;
     let secure = !config.tls.cert.is_empty();
     let facade = Facade(Arc::new(Inner { calls, limit, open, secure }));
-    Ok(openai::router(facade.clone()).merge(fal::router(facade)))
+    let router = openai::router(facade.clone()).merge(fal::router(facade.clone()));
+    Ok(if config.http.job_routes { router.merge(jobs::router(facade)) } else { router })
 }
 
 /// What every facade works with; clones share it.

@@ -19,6 +19,7 @@ mod failover;
 mod fal;
 mod gateway;
 mod harness;
+mod jobs;
 mod openai;
 mod overload;
 mod runner_command;
