@@ -34,7 +34,7 @@ fn templates_that_break_the_grammar_are_refused() {
     }
     let template = Template::parse("/v1/{a.b=x/*/y/**}:go").unwrap();
     assert_eq!(template.verb.as_deref(), Some("go"));
-    assert_eq!(template.variables[0].path, ["a".into(), "b".into()]);
+    assert_eq!(template.variables[0].path, [Box::<str>::from("a"), Box::from("b")]);
     assert_eq!(template.variables[0].segments, 1..5);
     assert_eq!(template.segments[2..], [Segment::One, Segment::Literal("y".into()), Segment::Rest]);
 }
