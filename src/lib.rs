@@ -80,6 +80,8 @@ pub mod json;
 pub mod near;
 pub mod pb;
 pub mod queue;
+#[cfg(feature = "redis")]
+pub mod redis;
 pub mod relay;
 pub mod supervisor;
 pub mod telemetry;

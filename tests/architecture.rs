@@ -34,6 +34,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("db", &["supervisor"]),
     ("events", &["db", "supervisor"]),
     ("queue", &["supervisor"]),
+    ("redis", &["supervisor", "tls"]),
     ("relay", &["supervisor"]),
     ("blob", &["supervisor"]),
     // Slices, each importing only those above it.
@@ -228,6 +229,9 @@ fn faults(source: &Source) -> Vec<String> {
             fault(format!("names `sqlx::{name}`; SQL stays in `db` and in stores"));
         }
     }
+    if module != "redis" && code.contains("fred::") {
+        fault("names fred; Redis is spoken in `redis` only".into());
+    }
     if !at_edge && (code.contains("tonic::") || code.contains("use tonic")) {
         fault("names tonic; transport stays at the edges".into());
     }
@@ -332,6 +336,7 @@ fn a_forbidden_edge_is_found_in_every_spelling() {
     assert!(faulty("src/queue/mod.rs", "//! x\nfn f() { crate::runners::go() }\n"));
     assert!(faulty("src/tasks/state.rs", "//! x\nuse crate::pb;\n"));
     assert!(faulty("src/tasks/state.rs", "//! x\nuse tonic::Status;\n"));
+    assert!(faulty("src/queue/mod.rs", "//! x\nuse fred::clients::Client;\n"));
     assert!(faulty("src/tasks/ledger.rs", "//! x\nfn f() { sqlx::query(\"x\") }\n"));
     assert!(faulty("src/runners/registry.rs", "//! x\nuse crate::tasks::store;\n"));
     assert!(faulty("src/agent/mod.rs", "//! x\nuse crate::runners::registry;\n"));

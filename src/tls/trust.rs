@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 
+#[cfg(feature = "redis")]
+use super::provider;
 use super::{Error, Result, certificates, private_key, read};
 
 /// How a client knows the server, and how the server knows the client.
@@ -52,6 +54,40 @@ impl Trust {
             .tls_config(built_in.clone().with_native_roots())
             .or_else(|_| endpoint.tls_config(built_in))
             .map_err(wrong)
+    }
+}
+
+#[cfg(feature = "redis")]
+impl Trust {
+    /// The same for connections that are not HTTP. Reads the files.
+    pub fn client_config(&self) -> Result<rustls::ClientConfig> {
+        let mut roots = rustls::RootCertStore::empty();
+        if let Some(path) = &self.ca {
+            for certificate in certificates(path, &read(path)?)? {
+                roots.add(certificate).map_err(|error| Error::Authority {
+                    path: path.clone(),
+                    problem: error.to_string(),
+                })?;
+            }
+        } else {
+            // What cannot be read is not trusted; a server that needs it is refused by name.
+            let found = rustls_native_certs::load_native_certs();
+            roots.add_parsable_certificates(found.certs);
+        }
+        let builder = rustls::ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| Error::Making(error.to_string()))?
+            .with_root_certificates(roots);
+        let Some((cert, key)) = &self.identity else {
+            return Ok(builder.with_no_client_auth());
+        };
+        let chain = certificates(cert, &read(cert)?)?;
+        let secret = private_key(key, &read(key)?)?;
+        builder.with_client_auth_cert(chain, secret).map_err(|error| Error::Pair {
+            cert: cert.clone(),
+            key: key.clone(),
+            problem: error.to_string(),
+        })
     }
 }
 

@@ -1,0 +1,2 @@
+-- Lists the depths. Replies: (account, depth)*.
+return redis.call('HGETALL', DEPTH)

@@ -1,0 +1,31 @@
+-- Delivers from lanes in this order: what was given back first, then what nobody had.
+-- ARGV: consumer, most to deliver, lane*. Replies: era, number of groups made anew, (index of
+-- lane, entry, id, attempt, data)*.
+local consumer, want = ARGV[1], tonumber(ARGV[2])
+local reply, renewed = { redis.call('GET', ERA) or '', 0 }, 0
+for at = 3, #ARGV do
+  if want <= 0 then break end
+  local lane, index = ARGV[at], at - 2
+  local key = stream(lane)
+  if redis.call('SISMEMBER', GIVEN, lane) == 1 then
+    local taken, more = take_over(reply, index, lane, consumer, GIVEN_IDLE, want)
+    want = want - taken
+    if not more then redis.call('SREM', GIVEN, lane) end
+  end
+  if want > 0 then
+    local read = { 'XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', want, 'STREAMS', key, '>' }
+    local got = redis.pcall(unpack(read))
+    if got and got.err and redis.call('EXISTS', key) == 1 then
+      redis.call('XGROUP', 'CREATE', key, GROUP, '0')
+      renewed = renewed + 1
+      got = redis.pcall(unpack(read))
+    end
+    if got and not got.err then
+      for _, entry in ipairs(got[1][2]) do
+        want = want - tell(reply, index, lane, entry)
+      end
+    end
+  end
+end
+reply[2] = renewed
+return reply

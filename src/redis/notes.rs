@@ -1,0 +1,34 @@
+//! Notes: what servers say of themselves for the others to read, each until it lapses.
+
+use std::{collections::HashMap, time::Duration};
+
+use bytes::Bytes;
+
+use super::{Redis, Result, script::Args};
+
+impl Redis {
+    /// Puts a note on a board under a name, in place of an earlier one. It lapses after `keep`
+    /// unless it is put there again.
+    pub async fn put_note(
+        &self,
+        board: &str,
+        name: &str,
+        text: Bytes,
+        keep: Duration,
+    ) -> Result<()> {
+        let keep = u64::try_from(keep.as_millis()).unwrap_or(u64::MAX);
+        let args = Args::default().text(board).text(name).bytes(text).number(keep);
+        self.run(&self.0.scripts.note, args).await.map(drop)
+    }
+
+    /// The notes on a board, by name.
+    pub async fn notes(&self, board: &str) -> Result<HashMap<String, Bytes>> {
+        let mut reply = self.run(&self.0.scripts.notes, Args::default().text(board)).await?;
+        let mut notes = HashMap::new();
+        while !reply.is_empty() {
+            let (name, text) = (reply.text()?, reply.bytes()?);
+            notes.insert(name, text);
+        }
+        Ok(notes)
+    }
+}

@@ -1,0 +1,143 @@
+//! Scripts: everything that changes several keys is one of them, so that it happens whole or not
+//! at all. Their texts lie in `lua/`.
+
+use bytes::Bytes;
+use fred::{
+    prelude::{ClientLike as _, Options, Value},
+    types::{ClusterHash, CustomCommand, scripts},
+};
+
+use super::{Error, Redis, Result};
+
+/// A script, and how it may be sent again.
+pub(super) struct Script {
+    name: &'static str,
+    compiled: scripts::Script,
+    again: Again,
+}
+
+/// Whether a script may be sent again when the connection broke before the answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Again {
+    /// A second run changes nothing.
+    Harmless,
+    /// A second run would deliver twice; the caller asks what became of the first.
+    Never,
+}
+
+macro_rules! scripts {
+    ($($again:ident: $($name:ident)*;)*) => {
+        /// All scripts.
+        pub(super) struct Scripts {
+            $($(pub(super) $name: Script,)*)*
+        }
+
+        impl Scripts {
+            pub(super) fn new() -> Self {
+                Self {
+                    $($($name: Script {
+                        name: stringify!($name),
+                        compiled: scripts::Script::from_lua(concat!(
+                            include_str!("lua/common.lua"),
+                            include_str!(concat!("lua/", stringify!($name), ".lua")),
+                        )),
+                        again: Again::$again,
+                    },)*)*
+                }
+            }
+        }
+    };
+}
+
+scripts! {
+    Harmless: ack add bury delay depths era give ids known lanes leave move_due note notes position
+        recount remove reserve stats tidy;
+    Never: claim own pull;
+}
+
+/// Arguments of a script.
+#[derive(Default)]
+pub(super) struct Args(Vec<Value>);
+
+impl Args {
+    pub(super) fn text(mut self, text: &str) -> Self {
+        self.0.push(Value::String(text.into()));
+        self
+    }
+
+    pub(super) fn number(self, number: u64) -> Self {
+        let mut buffer = itoa::Buffer::new();
+        self.text(buffer.format(number))
+    }
+
+    pub(super) fn bytes(mut self, bytes: Bytes) -> Self {
+        self.0.push(Value::Bytes(bytes));
+        self
+    }
+
+    pub(super) fn texts<'a>(mut self, texts: impl IntoIterator<Item = &'a str>) -> Self {
+        self.0.extend(texts.into_iter().map(|text| Value::String(text.into())));
+        self
+    }
+}
+
+impl Redis {
+    /// Runs a script.
+    pub(super) async fn run(&self, script: &Script, Args(args): Args) -> Result<Reply> {
+        let inner = &self.0;
+        let attempts = if script.again == Again::Never { Some(1) } else { None };
+        let options = Options { max_attempts: attempts, ..Options::default() };
+        let client = inner.client.with_options(&options);
+        // The typed call would lose the options on its way.
+        let call = || CustomCommand::new_static("EVALSHA", ClusterHash::FirstKey, false);
+        let mut whole = Vec::with_capacity(args.len() + 3);
+        whole.push(Value::String(script.compiled.sha1().clone()));
+        whole.push(Value::Integer(1));
+        whole.push(Value::String(inner.settings.prefix.as_str().into()));
+        whole.extend(args);
+        let mut outcome = client.custom(call(), whole.clone()).await;
+        if outcome
+            .as_ref()
+            .is_err_and(|error: &fred::error::Error| error.details().starts_with("NOSCRIPT"))
+        {
+            script.compiled.load(&inner.client).await.map_err(Error::command(script.name))?;
+            outcome = client.custom(call(), whole).await;
+        }
+        let value: Value = outcome.map_err(Error::command(script.name))?;
+        let values = match value {
+            Value::Array(values) => values,
+            Value::Null => Vec::new(),
+            other => vec![other],
+        };
+        Ok(Reply { script: script.name, values: values.into_iter() })
+    }
+}
+
+/// What a script answered, value by value.
+pub(super) struct Reply {
+    script: &'static str,
+    values: std::vec::IntoIter<Value>,
+}
+
+impl Reply {
+    pub(super) fn is_empty(&self) -> bool {
+        self.values.len() == 0
+    }
+
+    pub(super) fn number(&mut self) -> Result<i64> {
+        let value = self.values.next();
+        value.as_ref().and_then(Value::as_i64).ok_or_else(|| self.unexpected())
+    }
+
+    pub(super) fn text(&mut self) -> Result<String> {
+        self.values.next().and_then(Value::into_string).ok_or_else(|| self.unexpected())
+    }
+
+    pub(super) fn bytes(&mut self) -> Result<Bytes> {
+        self.values.next().and_then(Value::into_bytes).ok_or_else(|| self.unexpected())
+    }
+
+    pub(super) fn unexpected(&self) -> Error {
+        Error::Reply { command: self.script }
+    }
+}
