@@ -146,6 +146,26 @@ async fn a_server_that_stands_still_fails_calls_and_keeps_what_it_had() {
 }
 
 #[tokio::test]
+async fn what_was_delivered_in_an_answer_that_nobody_awaited_comes_with_the_next_pull() {
+    let server = Server::start();
+    let (redis, _supervisor) = server.connect().await;
+    let (work, a) = (redis.work(), redis.work().consumer("a"));
+    // From here on the server has the script, so that one message is enough.
+    assert_eq!(pull(&a, 1).await, []);
+    work.add(&items(10)).await.unwrap();
+
+    server.pause();
+    let lanes = [lane(2)];
+    assert!(tokio::time::timeout(Duration::from_millis(50), a.pull(&lanes, 5)).await.is_err());
+    server.resume();
+    eventually("the pull was carried out", || async {
+        work.stats(&lanes).await.unwrap()[0].delivered == 5
+    })
+    .await;
+    assert_eq!(pull(&a, 100).await.len(), 10);
+}
+
+#[tokio::test]
 async fn a_connection_that_is_killed_under_everything_is_made_again() {
     let server = Server::start();
     let (redis, _supervisor) = server.connect().await;
