@@ -6,8 +6,9 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 8] = [
+const FILES: [&str; 9] = [
     "baton/v1/annotations.proto",
+    "baton/v1/artifacts.proto",
     "baton/v1/errors.proto",
     "baton/v1/events.proto",
     "baton/v1/keys.proto",

@@ -65,6 +65,8 @@ faults! {
     LeasesByWallClock = "leases-by-wall-clock",
     /// P12: a start does not look for time limits of waiting tasks.
     ForgetLimitsAtStart = "forget-limits-at-start",
+    /// P14: bytes are listed whatever was announced.
+    ListUnverifiedUploads = "list-unverified-uploads",
     /// P15: queues are never full.
     AdmitWithoutLimit = "admit-without-limit",
     /// P15: recorded frames stay in memory until the task ends.

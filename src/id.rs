@@ -8,38 +8,56 @@ use uuid::Uuid;
 
 use crate::clock::Micros;
 
-/// A task's id: a UUIDv7, so that ids sort by creation.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct TaskId(pub Uuid);
+/// Makes an id type: a `UUIDv7`, so that ids sort by creation.
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub Uuid);
 
-impl TaskId {
-    /// A new id, made at `now`.
-    pub fn new(now: Micros, entropy: &Entropy) -> Self {
-        let millis = u64::try_from(now.0 / 1000).unwrap_or(0);
-        let mut random = [0; 10];
-        entropy.fill(&mut random);
-        Self(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid())
-    }
+        impl $name {
+            /// A new id, made at `now`.
+            pub fn new(now: Micros, entropy: &Entropy) -> Self {
+                let millis = u64::try_from(now.0 / 1000).unwrap_or(0);
+                let mut random = [0; 10];
+                entropy.fill(&mut random);
+                Self(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid())
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.as_hyphenated().fmt(f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = uuid::Error;
+            fn from_str(s: &str) -> Result<Self, Self::Err> {
+                Uuid::try_parse(s).map(Self)
+            }
+        }
+    };
 }
 
-impl fmt::Display for TaskId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.as_hyphenated().fmt(f)
-    }
+id! {
+    /// A task's id.
+    TaskId
 }
-
-impl fmt::Debug for TaskId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
+id! {
+    /// An artifact's id.
+    ArtifactId
 }
-
-impl FromStr for TaskId {
-    type Err = uuid::Error;
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Uuid::try_parse(s).map(Self)
-    }
+id! {
+    /// The id of an upload under way.
+    UploadId
 }
 
 /// Makes a cheaply cloned name type.

@@ -45,6 +45,10 @@
 //!    log is sealed. [`tasks::archive`] moves the transcript to a [`blob`] file later.
 //! 5. A reader that comes late gets the same bytes from storage ([`tasks::history`]).
 //!
+//! Files go another way: [`artifacts`] takes them by stream or by one HTTP request, keeps them under
+//! their digest in a [`blob`] store, and lists them once they are whole. A runner lists one as output
+//! of its task by the receipt that it got for the bytes.
+//!
 //! # Invariants
 //!
 //! - The database is the truth. Queue, relay, sessions and timers live in memory and are rebuilt
@@ -91,6 +95,8 @@ pub mod twin;
 pub mod agent;
 pub mod bench;
 pub mod keys;
+
+pub mod artifacts;
 pub mod tasks;
 
 pub mod facades;

@@ -39,7 +39,11 @@ const EDGES: &[(&str, &[&str])] = &[
     ("blob", &["supervisor"]),
     // Slices, each importing only those above it.
     ("keys", KERNELS),
-    ("tasks", &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys"]),
+    ("artifacts", KERNELS_AND_KEYS),
+    (
+        "tasks",
+        &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys", "artifacts"],
+    ),
     (
         "runners",
         &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys", "tasks"],
@@ -77,6 +81,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "runners::protocol",
             "grpc::status",
             "queue::ModelPattern",
+            // Artifacts go to a runner as they go to any client.
+            "client",
         ],
     ),
 ];

@@ -12,7 +12,7 @@ use baton::{
     db::Db,
     events::Tail,
     id::{Entropy, Namespace, TaskId},
-    keys::Principal,
+    keys::{Principal, Signer},
     pb::{Frame, server::runner_service_server::RunnerServiceServer, task_event::Body},
     queue::{self, Queue, SupplyKey},
     relay::{self, Relay},
@@ -127,6 +127,7 @@ impl Server {
 
     async fn submit(&self, text: String) -> TaskId {
         let new = NewTask {
+            id: None,
             namespace: Namespace::from("default"),
             spec: Spec {
                 model: "baton/echo".into(),
@@ -237,6 +238,7 @@ fn ports(ledger: &Ledger, db: &Db, metrics: &Metrics) -> Ports {
             Box::pin(async move { get(&db, id).await })
         }),
         token: Arc::new(|task| format!("token-{}", task.id)),
+        receipts: Signer::new(&[7; 32], Clock::manual()).receipts(),
         metrics: metrics.clone(),
     }
 }

@@ -66,6 +66,12 @@ impl Emitter {
         self.emit(bytes, Body::Log(pb::LogEvent { level: level.into(), message })).await
     }
 
+    /// Lists an artifact that this attempt made as output of the task.
+    pub async fn artifact(&self, artifact: &pb::Artifact) -> Result<(), Stopped> {
+        let receipt = artifact.receipt.clone();
+        self.emit(receipt.len(), Body::ArtifactReceipt(receipt)).await
+    }
+
     async fn emit(&self, bytes: usize, body: Body) -> Result<(), Stopped> {
         let mut event = pb::RunnerEvent { body: Some(body), elapsed_us: 0 };
         loop {

@@ -15,6 +15,7 @@ mod commands;
 pub mod connection;
 pub mod emitter;
 pub mod engine;
+pub mod files;
 #[cfg(test)]
 mod leaving_tests;
 mod mailbox;
@@ -207,6 +208,7 @@ pub async fn run_with(
         models: config.models.clone(),
         config,
         engine,
+        files: files::Way::new(connector.clone()),
         connector,
         clock,
         entropy,
@@ -250,6 +252,8 @@ struct Agent {
     config: Config,
     engine: Arc<dyn Engine>,
     connector: Connector,
+    /// The way of artifacts' bytes.
+    files: files::Way,
     credential: Credential,
     clock: Clock,
     entropy: Entropy,

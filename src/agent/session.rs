@@ -9,6 +9,7 @@ use super::{
     Agent,
     connection::{has_reason, reason},
     engine::{Failure, Work},
+    files::Files,
     node,
     outbox::{Held, Key},
 };
@@ -226,7 +227,8 @@ impl Agent {
         }
         self.mailbox.push(ToServer::Accept(pb::Accept { task_id, attempt }));
         let token = assign.attempt_token.clone();
-        match work(key, assign, self.clock.clone()) {
+        let files = self.files.files(&token);
+        match work(key, assign, files, self.clock.clone()) {
             Ok(work) => self.slots.start(work, token),
             Err(failure) => self.slots.fail(key, token, failure),
         }
@@ -309,7 +311,7 @@ impl Agent {
 }
 
 /// The attempt as an engine takes it.
-fn work(key: Key, assign: pb::Assign, clock: Clock) -> Result<Work, Failure> {
+fn work(key: Key, assign: pb::Assign, files: Files, clock: Clock) -> Result<Work, Failure> {
     let object = |name: &str, json: &[u8]| match serde_json::from_slice(json) {
         _ if json.is_empty() => Ok(serde_json::Map::new()),
         Ok(Value::Object(map)) => Ok(map),
@@ -329,6 +331,7 @@ fn work(key: Key, assign: pb::Assign, clock: Clock) -> Result<Work, Failure> {
             .deadline
             .map(|at| Micros(at.seconds * 1_000_000 + i64::from(at.nanos) / 1000)),
         traceparent: assign.traceparent,
+        files,
         clock,
     })
 }

@@ -10,9 +10,10 @@ use std::{fs::File, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use tokio_util::sync::CancellationToken;
 
-pub use place::make_data_dir;
+pub use place::{artifact_store, make_data_dir};
 
 use crate::{
+    artifacts::{self, Artifacts},
     blob::Blobs,
     clock::Clock,
     config::{self, Config},
@@ -32,8 +33,9 @@ use crate::{
     id::Entropy,
     keys::{self, Keyring},
     pb::server::{
-        key_service_server::KeyServiceServer, queue_service_server::QueueServiceServer,
-        runner_service_server::RunnerServiceServer, task_service_server::TaskServiceServer,
+        artifact_service_server::ArtifactServiceServer, key_service_server::KeyServiceServer,
+        queue_service_server::QueueServiceServer, runner_service_server::RunnerServiceServer,
+        task_service_server::TaskServiceServer,
     },
     queue::{self, Queue},
     queues,
@@ -114,6 +116,15 @@ impl App {
         });
         let queue = Queue::new(queue_limits(&config.queue), clock.clone());
         let blobs = Blobs::open(data_dir.join("transcripts")).await?;
+        let artifacts = Artifacts::new(artifacts::Parts {
+            db: db.clone(),
+            store: place::artifact_store(&config).await?,
+            clock: clock.clone(),
+            entropy: entropy.clone(),
+            signer: keyring.signer().clone(),
+            limits: artifact_limits(&config.artifacts),
+            public_url: config.http.public_url.trim_end_matches('/').to_owned(),
+        });
         let parts = ledger::Parts {
             db: db.clone(),
             blobs: blobs.clone(),
@@ -147,6 +158,7 @@ impl App {
         // File work waits for real time, which a simulation has none of.
         if !clock.is_simulated() {
             loops.spawn_loop("archive", Archiver::new(db.clone(), blobs, clock.clone()).run());
+            loops.spawn_loop("artifacts", artifacts.clone().run());
         }
         loops.spawn_loop("housekeeping", tasks::housekeeping::run(db.clone(), clock.clone()));
         loops.spawn_loop("storage health", db::watch_health(db.clone(), clock.clone()));
@@ -177,7 +189,8 @@ impl App {
             Ok(())
         });
 
-        let services = services(&config, &parts, &ledger, &registry, &keyring, &supervisor);
+        let services =
+            services(&config, &parts, &ledger, &artifacts, &registry, &keyring, &supervisor);
         let health = Health::new(&services).await;
         let services = services.with(health.server());
         let services =
@@ -254,12 +267,19 @@ fn services(
     config: &Config,
     parts: &ledger::Parts,
     ledger: &ledger::Ledger,
+    artifacts: &Artifacts,
     registry: &Registry,
     keyring: &Keyring,
     supervisor: &Supervisor,
 ) -> Services {
     let limit = usize::try_from(config.limits.message).unwrap_or(usize::MAX);
-    let tasks = tasks::service::Service::new(parts.clone(), ledger.clone(), supervisor.clone());
+    let tasks = tasks::service::Service::new(
+        parts.clone(),
+        ledger.clone(),
+        artifacts.clone(),
+        supervisor.clone(),
+    );
+    let artifacts = artifacts::Service::new(artifacts.clone());
     let runners = runners::service::Service(registry.clone());
     let queues = queues::Service::new(parts.db.clone(), parts.queue.clone(), parts.clock.clone());
     let keys = keys::Service::new(keyring.clone());
@@ -267,6 +287,7 @@ fn services(
         .with(TaskServiceServer::new(tasks).max_decoding_message_size(limit))
         .with(RunnerServiceServer::new(runners).max_decoding_message_size(limit))
         .with(QueueServiceServer::new(queues).max_decoding_message_size(limit))
+        .with(ArtifactServiceServer::new(artifacts).max_decoding_message_size(limit))
         .with(KeyServiceServer::new(keys).max_decoding_message_size(limit))
 }
 
@@ -327,7 +348,18 @@ fn ports(ledger: &ledger::Ledger, db: &Db, keyring: &Keyring, metrics: &Metrics)
             let ttl = task.spec.execution_timeout + TOKEN_MARGIN;
             signer.attempt_token(&task.namespace, task.id, task.attempt, ttl)
         }),
+        receipts: keyring.signer().receipts(),
         metrics: metrics.clone(),
+    }
+}
+
+fn artifact_limits(config: &config::Artifacts) -> artifacts::Limits {
+    artifacts::Limits {
+        max_size: config.max_size,
+        max_per_namespace: config.max_per_namespace,
+        max_uploads: config.max_uploads,
+        ttl: config.ttl,
+        upload_ttl: config.upload_ttl,
     }
 }
 

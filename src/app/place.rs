@@ -10,7 +10,8 @@ use std::{
 use anyhow::{Context as _, bail};
 
 use crate::{
-    config,
+    blob::Store,
+    config::{self, Config},
     keys::Keyring,
     tls::{Acceptor, Files},
 };
@@ -72,6 +73,46 @@ pub(super) fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
         }
         Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
+}
+
+/// Opens where artifacts' bytes lie.
+pub async fn artifact_store(config: &Config) -> anyhow::Result<Store> {
+    let artifacts = &config.artifacts;
+    if artifacts.store == "file" {
+        let dir = config.storage.data_dir.join("artifacts");
+        return Store::files(&dir).await.with_context(|| format!("cannot use {}", dir.display()));
+    }
+    bucket(artifacts).await
+}
+
+#[cfg(feature = "s3")]
+async fn bucket(config: &config::Artifacts) -> anyhow::Result<Store> {
+    use crate::blob::s3::{Settings, address};
+    let Some((bucket, prefix)) = address(&config.store) else {
+        bail!("artifacts.store: `{}` must be `file` or `s3://bucket/prefix`", config.store);
+    };
+    let settings = Settings {
+        bucket,
+        prefix,
+        endpoint: config.endpoint.clone(),
+        region: config.region.clone(),
+        path_style: config.path_style,
+    };
+    let server = if config.endpoint.is_empty() { "AWS" } else { &config.endpoint };
+    Store::bucket(&settings).await.with_context(|| {
+        format!(
+            "cannot use the bucket `{}` of {server}; check artifacts.store, artifacts.endpoint, artifacts.region, artifacts.path_style and the credentials",
+            settings.bucket
+        )
+    })
+}
+
+#[cfg(not(feature = "s3"))]
+async fn bucket(config: &config::Artifacts) -> anyhow::Result<Store> {
+    bail!(
+        "artifacts.store: `{}` needs a program that was built with the feature `s3`",
+        config.store
+    )
 }
 
 /// Makes the first admin key and leaves it where only the owner of the data reads it.

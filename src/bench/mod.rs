@@ -9,6 +9,7 @@
 mod client;
 mod decisions;
 mod figures;
+mod files;
 mod floor;
 mod memory;
 mod process;
@@ -83,6 +84,10 @@ enum Role {
     Fill(relay::Server, usize),
     /// Runs whole lives in a bare store.
     Floor(floor::Spec),
+    /// Moves an artifact in and out.
+    Files(files::Spec),
+    /// Moves that many bytes in and out of a bucket, without Baton.
+    Bucket(u64),
     /// Decides.
     Decisions(decisions::Spec),
 }
@@ -139,6 +144,8 @@ fn play() -> anyhow::Result<()> {
         Role::Reconnect(server, held) => load(tasks::reconnect(server, held)),
         Role::Fill(server, tasks) => load(restart::fill(server, tasks)),
         Role::Floor(spec) => load(floor::run(spec)),
+        Role::Files(spec) => load(files::run(spec)),
+        Role::Bucket(n_bytes) => load(files::direct(n_bytes)),
         Role::Decisions(spec) => process::print_answer(&decisions::run(spec)),
     }
 }

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use super::{
     Role, decisions,
     figures::Latency,
-    floor, memory,
+    files, floor, memory,
     process::{Process, now_ns},
     relay::{self, Server},
     report::{Better, Row},
@@ -35,7 +35,7 @@ pub struct Plan {
 type Case = fn(&Plan) -> anyhow::Result<Vec<Row>>;
 
 /// The cases and the names that they go by, in order.
-const CASES: [(&str, Case); 13] = [
+const CASES: [(&str, Case); 14] = [
     ("G1,G3", paced),
     ("G2", stepped),
     ("G4", fastest),
@@ -49,6 +49,7 @@ const CASES: [(&str, Case); 13] = [
     ("G16", decide),
     ("cancel,reconnect", interruptions),
     ("restart", restarts),
+    ("artifacts", files::case),
 ];
 
 /// A name out of [`CASES`], for the command line.
@@ -92,7 +93,7 @@ impl Plan {
 }
 
 /// A directory that goes with its case.
-pub(super) struct Scratch(PathBuf);
+pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Scratch {
     /// Where a server keeps its data.

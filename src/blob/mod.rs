@@ -5,11 +5,19 @@
 //! Blobs are never changed, so readers need no lock; what nobody refers to any more is
 //! deleted by whoever keeps the references.
 
+mod files;
 mod fs;
+pub mod hash;
+#[cfg(feature = "s3")]
+pub mod s3;
+mod store;
+#[cfg(all(test, feature = "s3"))]
+pub(crate) mod testing;
 
 use std::{fmt, io, str::FromStr};
 
 pub use fs::Blobs;
+pub use store::{Checkpoint, Key, Pieces, Presigned, Sealed, Store, Upload, Writer};
 
 /// The SHA-256 of a blob, which is its name.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,6 +61,16 @@ pub enum Error {
     /// The bytes found are not those of the digest.
     #[error("blob {0} is damaged")]
     Damaged(Digest),
+    /// Another writer is at this upload.
+    #[error("upload {0} is being written")]
+    Busy(uuid::Uuid),
+    /// One request of the bucket moves no more than this many bytes, and the digest, which makes
+    /// that unnecessary, was not announced.
+    #[error("a digest must be announced for more than {0} bytes")]
+    TooLarge(u64),
+    /// The bucket failed or cannot be reached.
+    #[error("the bucket failed: {0}")]
+    Bucket(String),
     /// The file system failed.
     #[error("the blob directory failed")]
     Io(#[from] io::Error),

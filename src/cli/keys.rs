@@ -22,6 +22,12 @@ pub enum ScopeName {
     TasksWrite,
     /// Connect as a runner
     Runner,
+    /// List, read and share artifacts
+    #[value(name = "artifacts.read")]
+    ArtifactsRead,
+    /// Upload and delete artifacts
+    #[value(name = "artifacts.write")]
+    ArtifactsWrite,
     /// Everything in its namespace
     Admin,
 }
@@ -32,6 +38,8 @@ impl ScopeName {
             Self::TasksRead => pb::Scope::TasksRead,
             Self::TasksWrite => pb::Scope::TasksWrite,
             Self::Runner => pb::Scope::Runner,
+            Self::ArtifactsRead => pb::Scope::ArtifactsRead,
+            Self::ArtifactsWrite => pb::Scope::ArtifactsWrite,
             Self::Admin => pb::Scope::Admin,
         }
     }

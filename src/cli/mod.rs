@@ -2,6 +2,7 @@
 //!
 //! Data go to stdout and everything else to stderr. Exit codes are those of [`exit::Exit`].
 
+mod artifacts;
 pub mod dev;
 mod diagnose;
 mod doctor;
@@ -101,6 +102,9 @@ enum Command {
     /// Look at tasks and steer them
     #[command(subcommand)]
     Task(tasks::TaskCommand),
+    /// Put files into the server's keeping, get them, share them
+    #[command(subcommand)]
+    Artifact(artifacts::ArtifactCommand),
     /// Look at queues, pause and resume them
     #[command(subcommand)]
     Queue(operate::QueueCommand),
@@ -278,6 +282,7 @@ async fn run(context: &Context, command: Command) -> Outcome {
         Command::Follow(args) => Box::pin(work::follow(context, &args)).await,
         Command::Wait(args) => Box::pin(work::wait(context, &args)).await,
         Command::Task(command) => Box::pin(tasks::run(context, &command)).await,
+        Command::Artifact(command) => Box::pin(artifacts::run(context, &command)).await,
         Command::Queue(command) => Box::pin(operate::queue(context, &command)).await,
         Command::Failures(command) => Box::pin(operate::failures(context, &command)).await,
         Command::Runner(command) => Box::pin(runner::run(context, &command)).await,

@@ -256,7 +256,7 @@ fn same_file(one: impl AsFd, other: impl AsFd) -> bool {
 }
 
 /// A reader that has left, such as `head`, is no defect: the command ends without a word.
-fn broken(error: &io::Error) -> Failure {
+pub fn broken(error: &io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::BrokenPipe => Failure::new(Exit::Interrupted, ""),
         _ => Failure::new(Exit::Unexpected, format!("cannot write the output: {error}")),

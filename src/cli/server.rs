@@ -37,6 +37,9 @@ pub struct ConfigArgs {
     /// Directory of the database and the files
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// Where artifacts lie: `file`, in the data directory, or `s3://bucket/prefix`
+    #[arg(long, value_name = "STORE")]
+    artifact_store: Option<String>,
     #[command(flatten)]
     tls: TlsArgs,
 }
@@ -79,6 +82,9 @@ impl ConfigArgs {
         }
         if let Some(dir) = &self.data_dir {
             sources.flag("storage.data_dir", dir.display(), "--data-dir");
+        }
+        if let Some(store) = &self.artifact_store {
+            sources.flag("artifacts.store", store, "--artifact-store");
         }
         self.tls.add_to(&mut sources);
         sources

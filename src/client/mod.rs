@@ -20,6 +20,7 @@
 //! reads, and changes with a `request_id`, which [`Client::submit`] makes when it is absent.
 
 mod follow;
+mod transfer;
 
 use std::{future::Future, time::Duration};
 
@@ -34,13 +35,15 @@ use crate::{
     grpc::status,
     id::Entropy,
     pb::{
-        self, key_service_client::KeyServiceClient, queue_service_client::QueueServiceClient,
-        runner_service_client::RunnerServiceClient, task_service_client::TaskServiceClient,
+        self, artifact_service_client::ArtifactServiceClient, key_service_client::KeyServiceClient,
+        queue_service_client::QueueServiceClient, runner_service_client::RunnerServiceClient,
+        task_service_client::TaskServiceClient,
     },
     tls::{self, Trust},
 };
 
 pub use follow::{Follow, Update};
+pub use transfer::{Listener, Progress, TransferError};
 
 /// Largest message read: a result with its text is far below.
 const MAX_MESSAGE: usize = 16 << 20;
@@ -184,6 +187,11 @@ impl Client {
     /// The generated client of the key service.
     pub fn keys(&self) -> KeyServiceClient<Transport> {
         KeyServiceClient::new(self.transport()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// The generated client of the artifact service.
+    pub fn artifacts(&self) -> ArtifactServiceClient<Transport> {
+        ArtifactServiceClient::new(self.transport()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// A new `request_id`.

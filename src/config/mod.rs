@@ -4,6 +4,7 @@
 //! winning; [`load()`] does that and remembers where each came from. A key `server.io_threads`
 //! has the variable `BATON_SERVER_IO_THREADS`. An empty text means "off".
 
+mod artifacts;
 mod load;
 pub mod units;
 
@@ -11,6 +12,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+pub use artifacts::Artifacts;
 pub use load::{ConfigError, Entry, Loaded, Origin, Sources, load, variable};
 
 /// Everything that can be set.
@@ -29,6 +31,8 @@ pub struct Config {
     pub http: Http,
     /// Where data lie.
     pub storage: Storage,
+    /// Files of tasks.
+    pub artifacts: Artifacts,
     /// Admission.
     pub queue: Queue,
     /// Leases and runner sessions.
@@ -177,6 +181,9 @@ pub struct Http {
     pub allowed_hosts: String,
     /// Whether `/jobs`, `/requests` and the older `/upload` and `/api` are served.
     pub job_routes: bool,
+    /// What links to artifacts begin with, such as `https://baton.example.org`. Default: links are
+    /// paths, below whatever address a client has.
+    pub public_url: String,
 }
 
 impl Http {
@@ -389,7 +396,7 @@ impl Config {
             return refuse("tls.key", "must be set when tls.cert is".into());
         }
         let (limits, runners) = (&self.limits, &self.runners);
-        let least: [(&str, u64, u64); 13] = [
+        let least: [(&str, u64, u64); 15] = [
             ("server.io_threads", self.server.io_threads as u64, 1),
             ("limits.connections", limits.connections as u64, 1),
             ("limits.connections_per_ip", limits.connections_per_ip as u64, 1),
@@ -403,6 +410,8 @@ impl Config {
             ("queue.max_per_model", self.queue.max_per_model, 1),
             ("queue.max_per_namespace", self.queue.max_per_namespace, 1),
             ("relay.per_task", self.relay.per_task, 65_536),
+            ("artifacts.max_size", self.artifacts.max_size, 1),
+            ("artifacts.max_uploads", self.artifacts.max_uploads, 1),
         ];
         for (key, value, least) in least {
             if value < least {
@@ -427,6 +436,7 @@ impl Config {
             ("limits.keepalive_interval", limits.keepalive_interval),
             ("limits.keepalive_timeout", limits.keepalive_timeout),
             ("queue.ageing", self.queue.ageing),
+            ("artifacts.upload_ttl", self.artifacts.upload_ttl),
             ("runners.heartbeat_interval", runners.heartbeat_interval),
             ("runners.max_stream_age", runners.max_stream_age),
         ];
@@ -444,6 +454,9 @@ impl Config {
         if self.relay.total < self.relay.per_task {
             return refuse("relay.total", "must be at least relay.per_task".into());
         }
+        if let Some(problem) = self.artifacts.store_fault() {
+            return refuse("artifacts.store", problem);
+        }
         for origin in self.http.cors_origins() {
             if !is_origin(origin) {
                 let problem = format!(
@@ -460,13 +473,16 @@ impl Config {
                 return refuse("http.allowed_hosts", problem);
             }
         }
-        let endpoint = &self.telemetry.otlp_endpoint;
-        let schemes = ["http://", "https://"];
-        if !endpoint.is_empty() && !schemes.iter().any(|scheme| endpoint.starts_with(scheme)) {
-            return refuse(
-                "telemetry.otlp_endpoint",
-                format!("`{endpoint}` must begin with http:// or https://"),
-            );
+        let addresses = [
+            ("telemetry.otlp_endpoint", &self.telemetry.otlp_endpoint),
+            ("artifacts.endpoint", &self.artifacts.endpoint),
+            ("http.public_url", &self.http.public_url),
+        ];
+        for (key, url) in addresses {
+            let schemes = ["http://", "https://"];
+            if !url.is_empty() && !schemes.iter().any(|scheme| url.starts_with(scheme)) {
+                return refuse(key, format!("`{url}` must begin with http:// or https://"));
+            }
         }
         Ok(())
     }

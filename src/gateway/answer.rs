@@ -61,6 +61,37 @@ pub async fn unary(routes: &Routes, route: &Route, answer: Response<Guarded>) ->
     response
 }
 
+/// The message that a unary call answered with, or its refusal as a response.
+pub async fn message<M: prost::Message + Default>(
+    routes: &Routes,
+    answer: Response<Guarded>,
+) -> Result<M, Box<Response<Body>>> {
+    let (head, body) = answer.into_parts();
+    if let Some(refusal) = refused(routes, &head.headers) {
+        return Err(Box::new(refusal));
+    }
+    let (message, trailers) =
+        collect(body).await.map_err(|status| Box::new(failure(routes, &status)))?;
+    if let Some(refusal) = refused(routes, &trailers) {
+        return Err(Box::new(refusal));
+    }
+    let decoded = M::decode(message);
+    decoded.map_err(|error| Box::new(failure(routes, &Error::internal(error).into())))
+}
+
+/// A message as JSON.
+pub fn json(routes: &Routes, name: &str, message: &[u8]) -> Response<Body> {
+    let mut json = Vec::with_capacity(message.len() * 2 + 64);
+    let mapping = &routes.mapping;
+    let known = mapping.find(name);
+    if known.is_none_or(|id| mapping.write(id, message, &mut json).is_err()) {
+        return failure(routes, &Error::internal("a message that cannot be written").into());
+    }
+    let mut response = Response::new(Body::from(json));
+    response.headers_mut().insert(header::CONTENT_TYPE, JSON);
+    response
+}
+
 /// The one message of a unary answer, and its trailers.
 pub async fn collect(mut body: Guarded) -> Result<(Bytes, HeaderMap), Status> {
     let mut data = Bytes::new();

@@ -11,6 +11,7 @@ mod answer;
 mod bind;
 mod call;
 mod connect;
+mod content;
 mod etag;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -142,6 +143,16 @@ impl Gateway {
         let method = request.method().clone();
         let is_head = method == Method::HEAD;
         let wanted = if is_head { Method::GET } else { method.clone() };
+        if let Some(target) = content::Target::of(&path) {
+            let content = content::Content { calls: &self.0.calls, routes };
+            return match (target, &wanted) {
+                (content::Target::Artifact(id), &Method::GET) => {
+                    content.download(id, request).await
+                }
+                (content::Target::Upload(id), &Method::PUT) => content.upload(id, request).await,
+                _ => self.other_methods(&method, target.methods()),
+            };
+        }
         match routes.tree.find(wanted.as_str(), &path) {
             Found::Match(route, captures) if is_head && !route.streaming => {
                 let response = self.call(route.clone(), &captures, request).await;

@@ -61,6 +61,9 @@ pub fn cors(config: &config::Http) -> Option<CorsLayer> {
         BACKOFF,
         header::RETRY_AFTER,
         header::ALLOW,
+        header::ETAG,
+        header::CONTENT_RANGE,
+        header::CONTENT_DISPOSITION,
         HeaderName::from_static("grpc-status"),
         HeaderName::from_static("grpc-message"),
         HeaderName::from_static("grpc-status-details-bin"),
@@ -98,6 +101,9 @@ impl Predicate for Whole {
             let value = value.as_bytes();
             value.starts_with(b"application/json") || value.starts_with(b"text/")
         });
-        text && response.body().size_hint().exact().is_some_and(|size| size >= COMPRESSED_FROM)
+        // A part of the bytes must not become a part of other bytes.
+        let ranged = response.headers().contains_key(header::ACCEPT_RANGES);
+        text && !ranged
+            && response.body().size_hint().exact().is_some_and(|size| size >= COMPRESSED_FROM)
     }
 }

@@ -54,7 +54,7 @@ pub(super) async fn admit(
     let open = match method.access {
         Access::Health => config.open_health,
         Access::Reflection => config.open_reflection,
-        Access::Scope(_) | Access::ScopeOrTaskToken(_) | Access::ScopeOrAttemptToken(_) => false,
+        Access::Scope(_) | Access::ScopeOrToken(..) => false,
     };
     if open {
         let principal =

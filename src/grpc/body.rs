@@ -28,16 +28,23 @@ use crate::{
     telemetry::{Metrics, RpcLabels},
 };
 
-/// A request's body that must be complete within a time.
+/// A request's body that must be complete within a time, or that must go on within a time.
 pub(super) struct Arriving<B> {
     inner: B,
     allowed: Duration,
     sleep: Option<Pin<Box<Sleep>>>,
+    /// Whether each piece has the time anew.
+    long: bool,
 }
 
 impl<B> Arriving<B> {
     pub(super) fn new(inner: B, allowed: Duration) -> Self {
-        Self { inner, allowed, sleep: None }
+        Self { inner, allowed, sleep: None, long: false }
+    }
+
+    /// A body of any length, of which something must come within the time.
+    pub(super) fn long(inner: B, allowed: Duration) -> Self {
+        Self { inner, allowed, sleep: None, long: true }
     }
 }
 
@@ -55,6 +62,9 @@ where
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
         if let Poll::Ready(frame) = Pin::new(&mut this.inner).poll_frame(cx) {
+            if this.long {
+                this.sleep = None;
+            }
             return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
         }
         // The clock starts when something is missing: most requests arrive with their head.

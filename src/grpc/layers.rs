@@ -130,7 +130,15 @@ impl Edge {
                 return response;
             }
         }
-        let request = request.map(|body| axum::body::Body::new(Arriving::new(body, BODY_TIMEOUT)));
+        // Bytes of artifacts take their time, as long as they come.
+        let long = path.ends_with("/content");
+        let request = request.map(|body| {
+            axum::body::Body::new(if long {
+                Arriving::long(body, BODY_TIMEOUT)
+            } else {
+                Arriving::new(body, BODY_TIMEOUT)
+            })
+        });
         let router = self.0.http.clone();
         let response = match Caught(router.oneshot(request)).await {
             Ok(Ok(response)) => response,

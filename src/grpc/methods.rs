@@ -6,7 +6,7 @@ use prost::Message as _;
 use prost_types::FileDescriptorSet;
 
 use crate::{
-    keys::{Principal, Scope},
+    keys::{Principal, Scope, TokenKind},
     pb,
 };
 
@@ -37,10 +37,8 @@ impl Method {
 pub enum Access {
     /// Credentials with the scope.
     Scope(Scope),
-    /// Credentials with the scope, and tokens for the task that the request names.
-    ScopeOrTaskToken(Scope),
-    /// Credentials with the scope, and tokens for the attempt that the request names.
-    ScopeOrAttemptToken(Scope),
+    /// Credentials with the scope, and tokens of these kinds for what the request names.
+    ScopeOrToken(Scope, &'static [TokenKind]),
     /// Health checks: everybody, unless the configuration closes it.
     Health,
     /// Reflection: any credential, or everybody by configuration.
@@ -50,25 +48,21 @@ pub enum Access {
 impl Access {
     /// Whether `principal` may call; what a token was made for is checked by the method.
     pub fn admits(self, principal: &Principal) -> bool {
-        let bound = principal.task.is_some() || principal.attempt.is_some();
-        match self {
-            Self::Scope(scope) => !bound && principal.scopes.allow(scope),
-            Self::ScopeOrTaskToken(scope) => {
-                principal.attempt.is_none() && principal.scopes.allow(scope)
-            }
-            Self::ScopeOrAttemptToken(scope) => {
-                principal.task.is_none() && principal.scopes.allow(scope)
-            }
-            Self::Health | Self::Reflection => true,
+        let kinds: &[TokenKind] = match self {
+            Self::Scope(_) => &[],
+            Self::ScopeOrToken(_, kinds) => kinds,
+            Self::Health | Self::Reflection => return true,
+        };
+        match principal.grant {
+            Some(grant) => kinds.contains(&grant.kind()),
+            None => self.scope().is_some_and(|scope| principal.scopes.allow(scope)),
         }
     }
 
     /// The scope that it asks for.
     pub fn scope(self) -> Option<Scope> {
         match self {
-            Self::Scope(scope)
-            | Self::ScopeOrTaskToken(scope)
-            | Self::ScopeOrAttemptToken(scope) => Some(scope),
+            Self::Scope(scope) | Self::ScopeOrToken(scope, _) => Some(scope),
             Self::Health | Self::Reflection => None,
         }
     }
@@ -76,14 +70,15 @@ impl Access {
 
 /// The table: `None` for a method that nobody thought about, which is then not served.
 fn access(service: &str, method: &str) -> Option<Access> {
-    use Scope::{Admin, Runner, TasksRead, TasksWrite};
+    use Scope::{Admin, ArtifactsRead, ArtifactsWrite, Runner, TasksRead, TasksWrite};
+    use TokenKind::{Artifact, Attempt, Task, Upload};
     let access = match (service, method) {
         ("baton.v1.TaskService", method) => match method {
             "SubmitTask" | "BatchSubmitTasks" | "RunTask" | "CancelTask" | "RetryTask"
             | "DeleteTask" => Access::Scope(TasksWrite),
             "ListTasks" | "WatchTasks" => Access::Scope(TasksRead),
             "GetTask" | "StreamTask" | "ListTaskEvents" | "GetTaskResult" | "ExplainTask" => {
-                Access::ScopeOrTaskToken(TasksRead)
+                Access::ScopeOrToken(TasksRead, &[Task])
             }
             _ => return None,
         },
@@ -98,7 +93,20 @@ fn access(service: &str, method: &str) -> Option<Access> {
         )
         | ("baton.v1.KeyService", "CreateKey" | "ListKeys" | "RevokeKey") => Access::Scope(Admin),
         ("baton.v1.RunnerService", "Connect" | "Output" | "Poll") => Access::Scope(Runner),
-        ("baton.v1.RunnerService", "ReportTaskEvents") => Access::ScopeOrAttemptToken(Runner),
+        ("baton.v1.RunnerService", "ReportTaskEvents") => Access::ScopeOrToken(Runner, &[Attempt]),
+        ("baton.v1.ArtifactService", method) => match method {
+            "UploadArtifact" => Access::ScopeOrToken(ArtifactsWrite, &[Attempt, Upload]),
+            "CreateArtifact" | "CreateUpload" | "GetUpload" | "CompleteUpload" | "DeleteUpload" => {
+                Access::ScopeOrToken(ArtifactsWrite, &[Attempt])
+            }
+            "DeleteArtifact" => Access::Scope(ArtifactsWrite),
+            "GetArtifact" | "DownloadArtifact" => {
+                Access::ScopeOrToken(ArtifactsRead, &[Attempt, Artifact])
+            }
+            "ListArtifacts" | "VerifyArtifact" | "ShareArtifact" => Access::Scope(ArtifactsRead),
+            "CollectArtifacts" => Access::Scope(Admin),
+            _ => return None,
+        },
         ("grpc.health.v1.Health", _) => Access::Health,
         ("grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection", _) => {
             Access::Reflection
@@ -150,7 +158,7 @@ mod tests {
     use crate::{
         clock::EPOCH,
         id::{Entropy, TaskId},
-        keys::Scopes,
+        keys::{Grant, Scopes},
     };
 
     fn with(scopes: &[Scope]) -> Principal {
@@ -197,7 +205,7 @@ mod tests {
     #[test]
     fn tokens_open_only_the_methods_made_for_them() {
         let task = TaskId::new(EPOCH, &Entropy::seeded(1));
-        let reading = Principal { task: Some(task), ..with(&[Scope::TasksRead]) };
+        let reading = Principal { grant: Some(Grant::Task(task)), ..with(&[Scope::TasksRead]) };
         let mut open: Vec<_> = METHODS
             .values()
             .filter(|method| method.access.scope().is_some() && method.access.admits(&reading))
@@ -208,12 +216,27 @@ mod tests {
             open,
             ["ExplainTask", "GetTask", "GetTaskResult", "ListTaskEvents", "StreamTask"]
         );
-        let reporting = Principal { attempt: Some((task, 1)), ..with(&[Scope::Runner]) };
-        let open: Vec<_> = METHODS
+        let reporting =
+            Principal { grant: Some(Grant::Attempt(task, 1)), ..with(&[Scope::Runner]) };
+        let mut open: Vec<_> = METHODS
             .values()
             .filter(|method| method.access.scope().is_some() && method.access.admits(&reporting))
-            .map(|method| method.name)
+            .map(|method| method.name.rsplit('/').next().unwrap())
             .collect();
-        assert_eq!(open, ["baton.v1.RunnerService/ReportTaskEvents"]);
+        open.sort_unstable();
+        assert_eq!(
+            open,
+            [
+                "CompleteUpload",
+                "CreateArtifact",
+                "CreateUpload",
+                "DeleteUpload",
+                "DownloadArtifact",
+                "GetArtifact",
+                "GetUpload",
+                "ReportTaskEvents",
+                "UploadArtifact",
+            ]
+        );
     }
 }

@@ -121,6 +121,8 @@ fn scope_to_pb(scope: Scope) -> pb::Scope {
         Scope::TasksRead => pb::Scope::TasksRead,
         Scope::TasksWrite => pb::Scope::TasksWrite,
         Scope::Runner => pb::Scope::Runner,
+        Scope::ArtifactsRead => pb::Scope::ArtifactsRead,
+        Scope::ArtifactsWrite => pb::Scope::ArtifactsWrite,
         Scope::Admin => pb::Scope::Admin,
     }
 }
@@ -131,6 +133,8 @@ fn scope_from_pb(scope: pb::Scope) -> Option<Scope> {
         pb::Scope::TasksRead => Some(Scope::TasksRead),
         pb::Scope::TasksWrite => Some(Scope::TasksWrite),
         pb::Scope::Runner => Some(Scope::Runner),
+        pb::Scope::ArtifactsRead => Some(Scope::ArtifactsRead),
+        pb::Scope::ArtifactsWrite => Some(Scope::ArtifactsWrite),
         pb::Scope::Admin => Some(Scope::Admin),
     }
 }

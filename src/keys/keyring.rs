@@ -277,8 +277,7 @@ impl Keyring {
             key_id: Some(key.id.clone()),
             name: format!("key {}", key.id),
             scopes: key.scopes,
-            attempt: None,
-            task: None,
+            grant: None,
         };
         let used = key.last_used_time.map_or(0, |time| time.0);
         let expire_time = key.expire_time;
@@ -293,17 +292,18 @@ fn local() -> Access {
 }
 
 fn token_access(claims: Claims, ended: CancellationToken) -> Access {
-    let (scope, attempt, task) = match claims.grant {
-        Grant::Attempt(task, attempt) => (Scope::Runner, Some((task, attempt)), None),
-        Grant::Task(task) => (Scope::TasksRead, None, Some(task)),
+    let scope = match claims.grant {
+        Grant::Attempt(..) => Scope::Runner,
+        Grant::Task(_) => Scope::TasksRead,
+        Grant::Upload(_) => Scope::ArtifactsWrite,
+        Grant::Artifact(_) => Scope::ArtifactsRead,
     };
     let principal = Principal {
         namespace: claims.namespace,
         key_id: claims.key_id,
         name: "signed token".into(),
         scopes: [scope].into_iter().collect(),
-        attempt,
-        task,
+        grant: Some(claims.grant),
     };
     Access { principal, ended, expire_time: Some(claims.expire_time) }
 }
@@ -426,7 +426,7 @@ mod tests {
             expire_time: clock.now() + Duration::from_mins(1),
         });
         let access = keyring.check(Some(&token)).await.unwrap();
-        assert_eq!(access.principal.task, Some(task));
+        assert_eq!(access.principal.grant, Some(Grant::Task(task)));
         assert!(
             access.principal.check_task(TaskId::new(clock.now(), &Entropy::seeded(3))).is_err()
         );
@@ -455,6 +455,6 @@ mod tests {
         let token = keyring.signer().attempt_token(&"a".into(), task, 1, Duration::from_mins(1));
         let db = Db::open(&dir.path().join("baton.db")).await.unwrap();
         let again = Keyring::open(db, clock, Entropy::seeded(9), false).await.unwrap();
-        assert_eq!(again.check(Some(&token)).await.unwrap().principal.attempt, Some((task, 1)));
+        assert_eq!(again.check(Some(&token)).await.unwrap().principal.attempt(), Some((task, 1)));
     }
 }

@@ -11,12 +11,12 @@ mod store;
 
 pub use keyring::{Access, Keyring};
 pub use service::Service;
-pub use signer::{Claims, Grant, Signer};
+pub use signer::{Claims, Grant, Receipts, Signer, TokenKind};
 pub use store::Key;
 
 use crate::{
     error::{Error, Kind, Reason, Result},
-    id::{Namespace, TaskId},
+    id::{ArtifactId, Namespace, TaskId, UploadId},
 };
 
 /// Whether a text has the form of a credential of this server: a key or a token.
@@ -33,13 +33,24 @@ pub enum Scope {
     TasksWrite,
     /// Connect as a runner.
     Runner,
+    /// List, read and share artifacts.
+    ArtifactsRead,
+    /// Upload and delete artifacts.
+    ArtifactsWrite,
     /// Everything, in its namespace.
     Admin,
 }
 
 impl Scope {
     /// Every scope.
-    pub const ALL: [Self; 4] = [Self::TasksRead, Self::TasksWrite, Self::Runner, Self::Admin];
+    pub const ALL: [Self; 6] = [
+        Self::TasksRead,
+        Self::TasksWrite,
+        Self::Runner,
+        Self::ArtifactsRead,
+        Self::ArtifactsWrite,
+        Self::Admin,
+    ];
 
     /// Name in rows, flags and messages.
     pub fn as_str(self) -> &'static str {
@@ -47,6 +58,8 @@ impl Scope {
             Self::TasksRead => "tasks.read",
             Self::TasksWrite => "tasks.write",
             Self::Runner => "runner",
+            Self::ArtifactsRead => "artifacts.read",
+            Self::ArtifactsWrite => "artifacts.write",
             Self::Admin => "admin",
         }
     }
@@ -105,10 +118,8 @@ pub struct Principal {
     pub name: String,
     /// What it may do.
     pub scopes: Scopes,
-    /// The one attempt that an attempt token speaks for.
-    pub attempt: Option<(TaskId, u32)>,
-    /// The one task that a task token opens for reading.
-    pub task: Option<TaskId>,
+    /// The one thing that a token was made for; `None` for a key.
+    pub grant: Option<Grant>,
 }
 
 impl Principal {
@@ -119,17 +130,41 @@ impl Principal {
             key_id: None,
             name: "local".into(),
             scopes: Scopes::all(),
-            attempt: None,
-            task: None,
+            grant: None,
+        }
+    }
+
+    /// The attempt that an attempt token speaks for.
+    pub fn attempt(&self) -> Option<(TaskId, u32)> {
+        match self.grant {
+            Some(Grant::Attempt(task, attempt)) => Some((task, attempt)),
+            _ => None,
         }
     }
 
     /// Refuses a task that a task token or an attempt token was not made for: as not found, so
     /// that nothing is learnt about it. Every method that such tokens may call asks this.
     pub fn check_task(&self, id: TaskId) -> Result<()> {
-        let bound = self.task.or(self.attempt.map(|(task, _)| task));
-        match bound {
-            Some(bound) if bound != id => Err(Error::not_found("task", id)),
+        match self.grant {
+            None => Ok(()),
+            Some(Grant::Task(bound) | Grant::Attempt(bound, _)) if bound == id => Ok(()),
+            Some(_) => Err(Error::not_found("task", id)),
+        }
+    }
+
+    /// Refuses an upload that an upload token was not made for, as not found.
+    pub fn check_upload(&self, id: UploadId) -> Result<()> {
+        match self.grant {
+            Some(Grant::Upload(bound)) if bound != id => Err(Error::not_found("upload", id)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses an artifact that a link was not made for, as not found. What an attempt token may
+    /// read is asked of the store.
+    pub fn check_artifact(&self, id: ArtifactId) -> Result<()> {
+        match self.grant {
+            Some(Grant::Artifact(bound)) if bound != id => Err(Error::not_found("artifact", id)),
             _ => Ok(()),
         }
     }

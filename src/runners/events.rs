@@ -2,14 +2,17 @@
 //! reader gets. The hot path of tokens.
 
 use bytes::BytesMut;
+use prost::Message as _;
 
 use crate::{
     clock::Micros,
     error::{Reason, reason_name},
     events::frame,
-    json, pb,
+    json,
+    keys::Receipts,
+    pb,
     relay::Encoded,
-    runners::convert::cut,
+    runners::{convert::cut, model::Fence},
     tasks::{
         model::{Failure, Usage},
         state::Outcome,
@@ -31,8 +34,8 @@ const MAX_FACTS: usize = 64;
 /// Longest time since the start of an attempt, in microseconds: ten years.
 const MAX_ELAPSED: u64 = 10 * 366 * 86_400 * 1_000_000;
 
-/// What is wrong with an event; `None` when it may be appended.
-pub fn fault(event: &pb::RunnerEvent) -> Option<String> {
+/// What is wrong with an event of an attempt; `None` when it may be appended.
+pub fn fault(receipts: &Receipts, fence: Fence, event: &pb::RunnerEvent) -> Option<String> {
     use pb::runner_event::Body;
     if event.elapsed_us > MAX_ELAPSED {
         return Some("elapsed_us must be below ten years".into());
@@ -56,19 +59,13 @@ pub fn fault(event: &pb::RunnerEvent) -> Option<String> {
             at_most("stage.detail", &stage.detail, MAX_DETAIL)
         }
         Some(Body::Log(log)) => at_most("log.message", &log.message, MAX_LINE),
-        Some(Body::Artifact(artifact)) => {
-            if artifact.name.is_empty() {
-                return Some("artifact.name must not be empty".into());
-            }
-            [
-                ("artifact.name", &artifact.name),
-                ("artifact.type", &artifact.r#type),
-                ("artifact.url", &artifact.url),
-                ("artifact.mime_type", &artifact.mime_type),
-                ("artifact.sha256", &artifact.sha256),
-            ]
-            .into_iter()
-            .find_map(|(field, text)| at_most(field, text, MAX_DETAIL))
+        // Only who kept the bytes gives a receipt, so that nothing has to be looked up here.
+        Some(Body::ArtifactReceipt(receipt)) => {
+            let genuine = receipts.open(fence.task, fence.attempt, receipt);
+            let known = genuine.and_then(|facts| pb::ArtifactEvent::decode(facts).ok());
+            known.is_none().then(|| {
+                "artifact_receipt must be the receipt of an artifact that this attempt made".into()
+            })
         }
         None => Some("event is of a kind that this server does not know".into()),
     }
@@ -94,8 +91,10 @@ pub fn put(
             frame::put(buf, sequence, time, attempt, task_event::Body::Stage(stage.clone()));
             Encoded::Timeline
         }
-        Some(Body::Artifact(artifact)) => {
-            let body = task_event::Body::Artifact(artifact.clone());
+        Some(Body::ArtifactReceipt(receipt)) => {
+            // `fault` has read it before.
+            let artifact = pb::ArtifactEvent::decode(Receipts::facts(receipt)).unwrap_or_default();
+            let body = task_event::Body::Artifact(artifact);
             frame::put(buf, sequence, time, attempt, body);
             Encoded::Timeline
         }
@@ -119,7 +118,7 @@ pub fn weight(event: &pb::RunnerEvent) -> usize {
             Some(Body::Token(text)) => text.len(),
             Some(Body::Stage(stage)) => stage.name.len() + stage.detail.len(),
             Some(Body::Log(log)) => log.message.len(),
-            Some(Body::Artifact(artifact)) => artifact.name.len() + artifact.url.len() + 256,
+            Some(Body::ArtifactReceipt(receipt)) => receipt.len(),
             None => 0,
         }
 }
@@ -212,7 +211,39 @@ fn failed(failure: pb::Failure) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pb::{RunnerEvent, StageEvent, runner_event::Body};
+    use crate::{
+        clock::Clock,
+        id::{Entropy, TaskId},
+        keys::Signer,
+        pb::{RunnerEvent, StageEvent, runner_event::Body},
+    };
+
+    fn fault(event: &RunnerEvent) -> Option<String> {
+        let (receipts, fence) = attempt();
+        super::fault(&receipts, fence, event)
+    }
+
+    fn attempt() -> (Receipts, Fence) {
+        let clock = Clock::manual();
+        let task = TaskId::new(clock.now(), &Entropy::seeded(1));
+        (Signer::new(&[7; 32], clock).receipts(), Fence { task, attempt: 2 })
+    }
+
+    #[test]
+    fn an_artifact_is_listed_by_the_receipt_of_its_own_attempt_only() {
+        let (receipts, fence) = attempt();
+        let artifact = pb::ArtifactEvent { name: "a".into(), ..pb::ArtifactEvent::default() };
+        let of = |attempt| receipts.seal(fence.task, attempt, &artifact.encode_to_vec());
+        let listed = |receipt: Vec<u8>| event(Body::ArtifactReceipt(receipt.into()));
+        assert_eq!(fault(&listed(of(2))), None);
+        assert!(fault(&listed(of(1))).unwrap().contains("artifact_receipt"));
+        assert!(fault(&listed(artifact.encode_to_vec())).is_some());
+        assert!(fault(&listed(Vec::new())).is_some());
+        let mut buf = BytesMut::new();
+        assert_eq!(put(&mut buf, &listed(of(2)), Micros(7), 2, 9, 3), Encoded::Timeline);
+        let body = pb::Frame::new(buf.freeze()).event().unwrap().body;
+        assert_eq!(body, Some(pb::task_event::Body::Artifact(artifact)));
+    }
 
     fn event(body: Body) -> RunnerEvent {
         RunnerEvent { body: Some(body), elapsed_us: 5 }

@@ -7,7 +7,7 @@ use bytes::BytesMut;
 use tokio::sync::{Notify, oneshot};
 
 use super::{
-    Registry,
+    Ports, Registry,
     control::{find, held, present},
     convert,
     ends::{End, mark},
@@ -107,7 +107,7 @@ impl Registry {
         let mut rest = Vec::new();
         for (batch, way) in batches.into_iter().zip(ways) {
             let left = match &way {
-                Way::Log(log, start) => append(log, *start, &batch),
+                Way::Log(log, start) => append(self.ports(), log, *start, &batch),
                 Way::Backlog => Left::From(0),
                 Way::Ignore | Way::Unknown => Left::Ended,
             };
@@ -273,9 +273,10 @@ impl Registry {
         let Some(lease) = state.leases.find_mut(fence) else { return };
         if !lease.backlog.is_empty() {
             let (first_index, waiting) = lease.backlog.waiting();
-            let n_sound = waiting.iter().take_while(|event| events::fault(event).is_none()).count();
-            let fault = waiting.get(n_sound).and_then(events::fault);
             let (start, attempt) = (lease.start_time, fence.attempt);
+            let fault = self.ports().faults(fence);
+            let n_sound = waiting.iter().take_while(|event| fault(event).is_none()).count();
+            let fault = waiting.get(n_sound).and_then(&fault);
             let put = |at: usize, sequence, token, buf: &mut BytesMut| {
                 events::put(buf, &waiting[at], start, attempt, sequence, token)
             };
@@ -358,7 +359,7 @@ impl Registry {
     /// on stable storage. Returns the highest index that is, and whether the attempt has ended.
     pub(super) async fn report(&self, batch: Batch) -> Result<(u64, bool)> {
         let fence = batch.fence;
-        if let Some(what) = batch.events.iter().find_map(events::fault) {
+        if let Some(what) = batch.events.iter().find_map(self.ports().faults(fence)) {
             return Err(Error::invalid("events", what));
         }
         let last = batch.first_index + batch.events.len() as u64 - 1;
@@ -382,12 +383,11 @@ impl Registry {
             appended => appended?,
         }
         let Some((outcome, usage)) = batch.finish.map(events::outcome) else {
+            let durable = log.durable(fence.attempt, last);
             tokio::select! {
-                durable = log.durable(fence.attempt, last) => {
-                    durable.map_err(|_| convert::lease_lost(fence))?;
-                }
+                durable = durable => durable.map_err(|_| convert::lease_lost(fence))?,
                 () = stop.cancelled() => return Err(stopping()),
-            }
+            };
             return Ok((log.durable_index(fence.attempt).unwrap_or(last).max(last), false));
         };
         let end = End::Finish(outcome, usage);
@@ -453,8 +453,8 @@ impl Registry {
 }
 
 /// Appends what is sound of a batch.
-fn append(log: &Arc<Log>, start: Micros, batch: &Batch) -> Left {
-    let (list, attempt) = (&batch.events, batch.fence.attempt);
+fn append(ports: &Ports, log: &Arc<Log>, start: Micros, batch: &Batch) -> Left {
+    let (list, attempt, fault) = (&batch.events, batch.fence.attempt, ports.faults(batch.fence));
     if list.is_empty() {
         return match log.next_index(attempt) {
             None => Left::Ended,
@@ -463,13 +463,13 @@ fn append(log: &Arc<Log>, start: Micros, batch: &Batch) -> Left {
             Some(_) => Left::Nothing,
         };
     }
-    let n_sound = list.iter().take_while(|event| events::fault(event).is_none()).count();
+    let n_sound = list.iter().take_while(|event| fault(event).is_none()).count();
     let put = |at: usize, sequence, token, buf: &mut BytesMut| {
         events::put(buf, &list[at], start, attempt, sequence, token)
     };
     match log.append(attempt, batch.first_index, n_sound, put) {
         Ok(appended) if appended.accepted < n_sound => Left::From(appended.accepted),
-        Ok(_) => match list.get(n_sound).and_then(events::fault) {
+        Ok(_) => match list.get(n_sound).and_then(fault) {
             Some(what) => {
                 Left::Invalid(format!("event {}: {what}", batch.first_index + n_sound as u64))
             }

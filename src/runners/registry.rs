@@ -12,6 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::{
     RunnerLimits,
     ends::End,
+    events,
     leases::{Backlog, Lease, Leases},
     model::{Fence, ToRunner},
     session::Session,
@@ -21,6 +22,8 @@ use crate::{
     error::Result,
     faults::{self, Fault},
     id::{Entropy, Namespace, RunnerId, TaskId},
+    keys::Receipts,
+    pb,
     queue::{Queue, Revocation, SupplyKey},
     relay::Relay,
     supervisor::Supervisor,
@@ -44,8 +47,17 @@ pub struct Ports {
     pub get: Get,
     /// Attempt tokens.
     pub token: Token,
+    /// Opens the receipts of artifacts.
+    pub receipts: Receipts,
     /// Where cancels are counted.
     pub metrics: Metrics,
+}
+
+impl Ports {
+    /// Says what is wrong with an event of an attempt.
+    pub(super) fn faults(&self, fence: Fence) -> impl Fn(&pb::RunnerEvent) -> Option<String> {
+        move |event| events::fault(&self.receipts, fence, event)
+    }
 }
 
 /// What dispatch has to know of a runner to start an attempt there.

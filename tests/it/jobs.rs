@@ -5,6 +5,7 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode, redirect};
 use serde_json::{Value, json};
 
 use crate::{
+    artifacts,
     gateway::{at, body},
     harness::{
         SOON, default,
@@ -69,14 +70,13 @@ async fn a_job_goes_from_its_submit_to_its_result_and_its_files() {
     let lease = runner.assigned().await;
     let stage = pb::StageEvent { name: "OCR_PROCESSING".into(), progress: Some(0.5), ..default() };
     let stage = pb::RunnerEvent { body: Some(pb::runner_event::Body::Stage(stage)), ..default() };
-    let file = |name: &str, url: &str| {
-        let artifact = pb::ArtifactEvent {
-            name: name.into(),
-            url: url.into(),
-            r#type: "pdf".into(),
-            ..default()
-        };
-        pb::RunnerEvent { body: Some(pb::runner_event::Body::Artifact(artifact)), ..default() }
+    let token = api.with_key(&lease.attempt_token);
+    let pdf = |name: &str| pb::ArtifactSpec { r#type: "pdf".into(), ..artifacts::spec(name) };
+    let first = artifacts::put(&token, pdf("a.pdf"), b"one").await.expect("an artifact");
+    let second = artifacts::put(&token, pdf("b.pdf"), b"two").await.expect("an artifact");
+    let file = |artifact: &pb::Artifact| pb::RunnerEvent {
+        body: Some(pb::runner_event::Body::ArtifactReceipt(artifact.receipt.clone())),
+        ..default()
     };
     runner.output(&lease, 1, vec![stage], None).await;
     runner.acked(&lease, 1).await;
@@ -86,11 +86,7 @@ async fn a_job_goes_from_its_submit_to_its_result_and_its_files() {
         (&json!("RUNNING"), &json!("OCR_PROCESSING"))
     );
     assert_eq!(status["progress"], 0.5);
-    let output = vec![
-        file("a.pdf", "https://files.example.org/a.pdf"),
-        file("b.pdf", ""),
-        runner::token("some text"),
-    ];
+    let output = vec![file(&first), file(&second), runner::token("some text")];
     runner.output(&lease, 2, output, None).await;
     runner.finish(&lease, 5, runner::success()).await;
     api.wait_for(id, &[TaskState::Succeeded], SOON).await;
@@ -118,14 +114,15 @@ async fn a_job_goes_from_its_submit_to_its_result_and_its_files() {
     assert_eq!(get(&server, &format!("/jobs/{id}/result?format=xml")).await.0, 400);
     let (code, request) = get(&server, &format!("/requests/{id}")).await;
     assert_eq!((code, &request["status"]), (200, &json!("COMPLETED")));
-    assert_eq!(request["artifacts"][0]["url"], "https://files.example.org/a.pdf");
+    assert_eq!(request["artifacts"][0]["url"], first.url);
 
     let still = Client::builder().redirect(redirect::Policy::none()).build().expect("a client");
     let path = |name: &str| at(server.addr, &format!("/jobs/{id}/artefacts/{name}"));
     let found = send(still.get(path("a.pdf"))).await;
     assert_eq!(found.status(), StatusCode::TEMPORARY_REDIRECT);
-    assert_eq!(found.headers()["location"], "https://files.example.org/a.pdf");
-    assert_eq!(send(still.get(path("b.pdf"))).await.status(), StatusCode::NOT_IMPLEMENTED);
+    assert_eq!(found.headers()["location"], first.url);
+    let followed = send(Client::new().get(path("b.pdf"))).await;
+    assert_eq!(followed.bytes().await.expect("bytes"), "two");
     assert_eq!(send(still.get(path("c.pdf"))).await.status(), StatusCode::NOT_FOUND);
     server.stop().await;
 }

@@ -9,6 +9,7 @@
 
 mod agent;
 mod agent_commands;
+mod artifacts;
 mod auth;
 mod browsers;
 mod command_line;

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{Change, Completion, Engine, Failure, Progress, Tuned, Work, read};
-use crate::{agent::emitter::Emitter, error::Error, runners::protocol::feature};
+use crate::{agent::emitter::Emitter, error::Error, pb, runners::protocol::feature};
 
 /// The engine. It can pass for any model.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +47,8 @@ struct Params {
     /// Lines to log before the first word.
     #[serde(default)]
     log: Vec<String>,
+    /// Also saves what was said as an artifact of this name.
+    save_as: Option<String>,
     /// Fails instead of succeeding.
     fail: Option<Fail>,
 }
@@ -68,6 +70,9 @@ struct Fail {
     /// Shortest wait before another attempt, in milliseconds.
     retry_after_ms: Option<u64>,
 }
+
+/// Longest text that is read from an artifact.
+const MAX_TEXT: u64 = 16 << 20;
 
 fn once() -> u64 {
     1
@@ -128,7 +133,14 @@ impl Echo {
 async fn echo(work: Work, emitter: Emitter, delay_ms: u64) -> Result<Completion, Failure> {
     let params: Params = work.params(&[])?;
     let delay_ms = params.delay_ms.unwrap_or(delay_ms);
-    let text = work.text(&["text", "prompt"])?;
+    let text = match work.artifact("text") {
+        Some(id) => {
+            let bytes = work.files.read(id, MAX_TEXT).await?;
+            let text = String::from_utf8(bytes.to_vec());
+            text.map_err(|_| Failure::input(format!("artifact {id} is not UTF-8 text")))?
+        }
+        None => work.text(&["text", "prompt"])?.into_owned(),
+    };
     let fail = params.fail.filter(|fail| fail.times.is_none_or(|times| work.attempt <= times));
     let limit = fail.as_ref().and_then(|fail| fail.after).unwrap_or(u64::MAX);
 
@@ -167,6 +179,12 @@ async fn echo(work: Work, emitter: Emitter, delay_ms: u64) -> Result<Completion,
             metadata: [("attempt".to_owned(), work.attempt.to_string())].into(),
             retry_after: fail.retry_after_ms.map(Duration::from_millis),
         });
+    }
+    if let Some(name) = params.save_as {
+        let mime_type = "text/plain; charset=utf-8".to_owned();
+        let spec = pb::ArtifactSpec { name, mime_type, ..pb::ArtifactSpec::default() };
+        let saved = work.files.put(spec, result.clone().into()).await?;
+        emitter.artifact(&saved).await?;
     }
     Ok(Completion {
         result: Map::from_iter([("text".to_owned(), Value::String(result))]),

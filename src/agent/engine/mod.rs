@@ -18,7 +18,10 @@ use serde_json::{Map, Value};
 
 pub use self::change::{Change, Loaded, Progress, Step, Tuned, read};
 use crate::{
-    agent::emitter::{Emitter, Stopped},
+    agent::{
+        emitter::{Emitter, Stopped},
+        files::Files,
+    },
     clock::{Clock, Micros},
     error::{Error, Reason, reason_name},
     id::TaskId,
@@ -113,6 +116,8 @@ pub struct Work {
     pub deadline: Option<Micros>,
     /// W3C trace context to continue; empty for none.
     pub traceparent: String,
+    /// The artifacts that it reads and makes.
+    pub files: Files,
     /// Time, for pacing.
     pub clock: Clock,
 }
@@ -128,6 +133,16 @@ impl Work {
         params.retain(|name, _| names.contains(&name.as_str()) || !SAMPLING.contains(&&**name));
         serde_json::from_value(Value::Object(params))
             .map_err(|error| Failure::input(format!("params: {error}")))
+    }
+
+    /// The artifact that a member of the input refers to: the id in `{"$artifact": "<id>"}`.
+    pub fn artifact(&self, name: &str) -> Option<&str> {
+        match self.input.get(name)? {
+            Value::Object(reference) if reference.len() == 1 => {
+                reference.get("$artifact")?.as_str()
+            }
+            _ => None,
+        }
     }
 
     /// A text of the input: the first of `names` that is there, or else that of the last of its
@@ -221,7 +236,7 @@ impl From<Stopped> for Failure {
 pub(crate) mod testing {
     //! Runs an engine without an agent.
 
-    use super::{BTreeMap, Clock, Completion, Engine, Failure, TaskId, Value, Work};
+    use super::{BTreeMap, Clock, Completion, Engine, Failure, Files, TaskId, Value, Work};
     use crate::{agent::outbox::Outbox, id::Entropy, pb};
 
     /// An attempt with `input` and `params`.
@@ -242,8 +257,16 @@ pub(crate) mod testing {
             labels: BTreeMap::new(),
             deadline: None,
             traceparent: String::new(),
+            files: unconnected(),
             clock,
         }
+    }
+
+    /// Files of a runner that reaches no server.
+    fn unconnected() -> Files {
+        let nowhere: crate::agent::Connector =
+            std::sync::Arc::new(|| Box::pin(async { anyhow::bail!("there is no server") }));
+        crate::agent::files::Way::new(nowhere).files("")
     }
 
     /// Runs to the end; returns the events too.

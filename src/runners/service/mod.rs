@@ -145,7 +145,7 @@ impl runner_service_server::RunnerService for Service {
         let task = convert::task_id("task_id", &request.task_id)?;
         principal.check_task(task)?;
         let fence = Fence { task, attempt: request.attempt };
-        match principal.attempt {
+        match principal.attempt() {
             Some((task, attempt)) if fence == (Fence { task, attempt }) => {}
             Some(_) => return Err(convert::lease_lost(fence).into()),
             // A runner's own key may report what its namespace's runners execute.

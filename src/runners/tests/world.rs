@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
     events::Tail,
     id::{Entropy, Namespace, TaskId},
+    keys::Signer,
     pb::{self, RunnerEvent, connect_response::Body, runner_event},
     queue::{self, Queue, SupplyKey},
     relay::{Limits, Relay},
@@ -212,6 +213,7 @@ fn ports(ledger: &Ledger, db: &Db, down: &Arc<AtomicBool>, metrics: &Metrics) ->
             })
         }),
         token: Arc::new(|task| format!("token-{}", task.id)),
+        receipts: Signer::new(&[7; 32], Clock::manual()).receipts(),
         metrics: metrics.clone(),
     }
 }
@@ -223,6 +225,7 @@ async fn get(db: &Db, id: TaskId) -> Result<Task> {
 
 fn new_task() -> NewTask {
     NewTask {
+        id: None,
         namespace: Namespace::from("default"),
         spec: Spec {
             model: "baton/echo".into(),

@@ -222,7 +222,8 @@ impl Batch {
                 .with("retried_by", by));
             }
         }
-        let task = Arc::new(new_task(new, TaskId::new(now, &parts.entropy), now));
+        let id = new.id.unwrap_or_else(|| TaskId::new(now, &parts.entropy));
+        let task = Arc::new(new_task(new, id, now));
         if let Some((namespace, request_id)) = key {
             let request = Request {
                 namespace: namespace.clone(),

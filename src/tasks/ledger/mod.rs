@@ -47,6 +47,8 @@ const BATCH: usize = 512;
 /// A task to accept.
 #[derive(Clone, Debug)]
 pub struct NewTask {
+    /// Id, where something refers to the task before it is accepted.
+    pub id: Option<TaskId>,
     /// Tenant.
     pub namespace: Namespace,
     /// What is asked for.

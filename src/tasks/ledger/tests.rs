@@ -93,6 +93,7 @@ impl Bench {
 
 pub fn new_task() -> NewTask {
     NewTask {
+        id: None,
         namespace: Namespace::from("default"),
         spec: Spec {
             model: "baton/echo".into(),

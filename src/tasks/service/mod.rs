@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status};
 
 use self::{metered::Metered, submit::Ready};
 use crate::{
+    artifacts::{self, Artifacts},
     db::page,
     error::{Error, Reason, Result},
     events::store as events,
@@ -44,6 +45,7 @@ const MAX_TEXT: usize = 3 << 20;
 pub struct Service {
     pub(super) parts: Parts,
     pub(super) ledger: Ledger,
+    artifacts: Artifacts,
     history: History,
     supervisor: Supervisor,
 }
@@ -52,14 +54,14 @@ type Frames = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
 
 impl Service {
     /// A service over the parts of the ledger.
-    pub fn new(parts: Parts, ledger: Ledger, supervisor: Supervisor) -> Self {
+    pub fn new(parts: Parts, ledger: Ledger, artifacts: Artifacts, supervisor: Supervisor) -> Self {
         let history = History {
             db: parts.db.clone(),
             blobs: parts.blobs.clone(),
             relay: parts.relay.clone(),
             clock: parts.clock.clone(),
         };
-        Self { parts, ledger, history, supervisor }
+        Self { parts, ledger, artifacts, history, supervisor }
     }
 
     async fn read(&self, caller: &Principal, id: TaskId) -> Result<Arc<Task>> {
@@ -363,16 +365,19 @@ impl TaskService for Service {
             let message = format!("task `{id}` is {}; only an ended task is retried", task.state);
             return Err(Error::state_conflict("task", id, task.state, message).into());
         }
+        let now = self.parts.clock.now();
+        let inputs = artifacts::references(&task.spec.input)?;
         let new = NewTask {
+            id: (!inputs.is_empty()).then(|| TaskId::new(now, &self.parts.entropy)),
             namespace: caller.namespace.clone(),
-            spec: task.spec.again(self.parts.clock.now()),
+            spec: task.spec.again(now),
             not_before: None,
             request_id,
             digest: Sha256::digest(format!("retry {id}")).into(),
             retry_of: Some(id),
             traceparent: trace.map(|trace| trace.0),
         };
-        let ready = Ready { new, require_on_time: false };
+        let ready = Ready { new, inputs, require_on_time: false };
         let mut outcomes = self.submit_all(vec![Ok(ready)]).await;
         let outcome = outcomes.pop().unwrap_or_else(|| Err(Error::internal("one outcome")))?;
         Ok(Response::new(outcome.task.unwrap_or_default()))

@@ -5,7 +5,9 @@ use sha2::{Digest, Sha256};
 
 use super::Service;
 use crate::{
+    artifacts,
     error::{Error, Kind, Reason, Result, reason_name},
+    id::{ArtifactId, TaskId},
     keys::Principal,
     pb,
     queue::Admission,
@@ -22,6 +24,8 @@ use crate::{
 /// A submit on its way to the ledger.
 pub(super) struct Ready {
     pub new: NewTask,
+    /// Artifacts that it reads.
+    pub inputs: Vec<ArtifactId>,
     pub require_on_time: bool,
 }
 
@@ -36,7 +40,9 @@ impl Service {
         let digest = Sha256::digest(spec.as_ref().map(Message::encode_to_vec).unwrap_or_default());
         let now = self.parts.clock.now();
         let submit = checked::submit(request_id, spec, now, self.parts.entropy.u64())?;
+        let inputs = artifacts::references(&submit.spec.input)?;
         let new = NewTask {
+            id: (!inputs.is_empty()).then(|| TaskId::new(now, &self.parts.entropy)),
             namespace: caller.namespace.clone(),
             spec: submit.spec,
             not_before: submit.not_before,
@@ -45,7 +51,7 @@ impl Service {
             retry_of: None,
             traceparent: traceparent.map(|trace| trace.0.clone()),
         };
-        Ok(Ready { new, require_on_time: submit.require_on_time })
+        Ok(Ready { new, inputs, require_on_time: submit.require_on_time })
     }
 
     /// Submits checked tasks; each has its own outcome.
@@ -90,7 +96,7 @@ impl Service {
             .collect()
     }
 
-    /// A place in the queue; `None` for a request that was accepted before.
+    /// A place in the queue for a task whose inputs are there; `None` for a request that was accepted before.
     async fn admit(&self, ready: &Ready) -> Result<Option<Admission>> {
         let new = &ready.new;
         match self.admit_new(ready).await {
@@ -114,10 +120,13 @@ impl Service {
     }
 
     async fn admit_new(&self, ready: &Ready) -> Result<Admission> {
-        let Ready { new, require_on_time } = ready;
+        let Ready { new, inputs, require_on_time } = ready;
         self.parts.db.check_admission()?;
         if *require_on_time {
             self.check_on_time(new)?;
+        }
+        if let Some(id) = new.id {
+            self.artifacts.refer(&new.namespace, id, inputs.clone()).await?;
         }
         let queue = &self.parts.queue;
         let admission = queue.admit(&new.namespace, &new.spec.model, new.spec.priority)?;

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use baton::pb::{
-    self, key_service_client::KeyServiceClient, queue_service_client::QueueServiceClient,
-    runner_service_client::RunnerServiceClient, task_service_client::TaskServiceClient,
+    self, artifact_service_client::ArtifactServiceClient, key_service_client::KeyServiceClient,
+    queue_service_client::QueueServiceClient, runner_service_client::RunnerServiceClient,
+    task_service_client::TaskServiceClient,
 };
 use tonic::{
     Request, Status, Streaming,
@@ -62,6 +63,11 @@ impl Api {
 
     pub fn tasks(&self) -> TaskServiceClient<Wire> {
         TaskServiceClient::with_interceptor(self.channel.clone(), self.credential.clone())
+    }
+
+    pub fn artifacts(&self) -> ArtifactServiceClient<Wire> {
+        ArtifactServiceClient::with_interceptor(self.channel.clone(), self.credential.clone())
+            .max_decoding_message_size(16 << 20)
     }
 
     pub fn queues(&self) -> QueueServiceClient<Wire> {

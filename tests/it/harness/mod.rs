@@ -2,6 +2,7 @@
 //! scripted runner that speaks the protocol by hand; a link that can be cut; clients; checks.
 
 pub mod api;
+pub mod bucket;
 pub mod checks;
 pub mod command;
 pub mod disk;
