@@ -1,6 +1,6 @@
 //! The answers of a server-streaming call as server-sent events, as lines of JSON, or as one
 //! JSON array. Every answer that is ready goes out in one chunk. An answer that has a
-//! [twin](crate::twin) is made an event once for all who read it, in whatever form.
+//! [twin] is made an event once for all who read it, in whatever form.
 
 use std::{
     future::poll_fn,
