@@ -226,8 +226,19 @@ impl Writer {
         let mut responses = Map::new();
         let content = if route.streaming {
             let array = json!({"type": "array", "items": whole});
+            // As of one event: only OpenAPI 3.2 can tell it from the stream.
+            let event = json!({
+                "type": "object",
+                "description": "One server-sent event.",
+                "properties": {
+                    "id": {"type": "string"},
+                    "event": {"type": "string"},
+                    "data": {"type": "string", "contentMediaType": "application/json"},
+                    "retry": {"type": "integer"},
+                },
+            });
             json!({
-                "text/event-stream": {"schema": {"type": "string"}},
+                "text/event-stream": {"schema": event},
                 "application/x-ndjson": {"schema": {"type": "string"}},
                 "application/json": {"schema": array},
             })
