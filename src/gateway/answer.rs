@@ -1,5 +1,7 @@
 //! From a gRPC answer to an HTTP response.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
@@ -136,11 +138,15 @@ pub fn failure(routes: &Routes, status: &Status) -> Response<Body> {
         headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     if let Some(delay) = retry_delay(status) {
-        let millis = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
-        headers.insert(BACKOFF, millis.into());
-        headers.insert(header::RETRY_AFTER, millis.div_ceil(1_000).into());
+        headers.extend(backoff(delay));
     }
     response
+}
+
+/// The headers that say after what time a repetition helps, in milliseconds and in seconds.
+pub fn backoff(delay: Duration) -> [(HeaderName, HeaderValue); 2] {
+    let millis = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+    [(BACKOFF, millis.into()), (header::RETRY_AFTER, millis.div_ceil(1_000).into())]
 }
 
 /// An error of this edge as a response, where HTTP has a better word than the code's.

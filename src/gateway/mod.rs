@@ -42,7 +42,7 @@ use tonic::Status;
 use tower_http::cors::CorsLayer;
 
 pub use self::{
-    answer::BACKOFF,
+    answer::backoff,
     call::{metadata, too_large},
 };
 use self::{

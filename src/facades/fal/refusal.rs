@@ -171,9 +171,7 @@ impl From<Status> for Refusal {
             refusal.headers.push((header::WWW_AUTHENTICATE, HeaderValue::from_static("Key")));
         }
         if let Some(after) = retry_delay(&status) {
-            let millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-            refusal.headers.push((gateway::BACKOFF, millis.into()));
-            refusal.headers.push((header::RETRY_AFTER, millis.div_ceil(1_000).into()));
+            refusal.headers.extend(gateway::backoff(after));
         }
         refusal
     }

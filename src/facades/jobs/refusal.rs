@@ -88,9 +88,7 @@ impl From<Status> for Refusal {
             headers.push((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")));
         }
         if let Some(after) = retry_delay(&status) {
-            let millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-            headers.push((gateway::BACKOFF, millis.into()));
-            headers.push((header::RETRY_AFTER, millis.div_ceil(1_000).into()));
+            headers.extend(gateway::backoff(after));
         }
         Self { status: code, detail: status.message().to_owned(), reason, headers }
     }

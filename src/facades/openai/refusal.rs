@@ -119,10 +119,10 @@ impl Refusal {
             headers.insert("x-should-retry", HeaderValue::from_static(value));
         }
         if let Some(after) = self.after {
-            let millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-            headers.insert(gateway::BACKOFF, millis.into());
-            headers.insert("retry-after-ms", millis.into());
-            headers.insert(header::RETRY_AFTER, millis.div_ceil(1_000).into());
+            let [millis, seconds] = gateway::backoff(after);
+            // Its clients read milliseconds under a name of their own.
+            headers.insert("retry-after-ms", millis.1.clone());
+            headers.extend([millis, seconds]);
         }
         response
     }
