@@ -13,8 +13,8 @@ use tower::Service;
 use crate::{
     grpc::{Guarded, calls::Calls},
     pb::{
-        queue_service_client::QueueServiceClient, runner_service_client::RunnerServiceClient,
-        task_service_client::TaskServiceClient,
+        artifact_service_client::ArtifactServiceClient, queue_service_client::QueueServiceClient,
+        runner_service_client::RunnerServiceClient, task_service_client::TaskServiceClient,
     },
 };
 
@@ -36,6 +36,11 @@ impl InProcess {
     /// Tasks.
     pub fn tasks(&self) -> TaskServiceClient<Self> {
         TaskServiceClient::new(self.clone()).max_decoding_message_size(usize::MAX)
+    }
+
+    /// Artifacts.
+    pub fn artifacts(&self) -> ArtifactServiceClient<Self> {
+        ArtifactServiceClient::new(self.clone())
     }
 
     /// Queues.

@@ -165,9 +165,88 @@ async fn lists_are_filtered_and_what_is_wrong_is_named() {
     assert_eq!(get(&server, "/jobs?status=DONE").await.0, 400);
     assert_eq!(get(&server, "/jobs?color=red").await.0, 400);
     assert_eq!(get(&server, "/jobs/none").await.0, 404);
-    let (code, upload) = post(&server, "/upload", json!({})).await;
-    assert_eq!((code, &upload["reason"]), (501, &json!("UNIMPLEMENTED")));
     let wrong = send(Client::new().put(at(server.addr, "/jobs")).json(&json!({}))).await;
     assert_eq!(wrong.status(), StatusCode::METHOD_NOT_ALLOWED);
+    server.stop().await;
+}
+
+/// A form with these fields; the one named `file` has a file name.
+fn form(server: &Local, fields: &[(&str, &[u8])]) -> RequestBuilder {
+    let mut bytes = Vec::new();
+    for (name, value) in fields {
+        let file = if *name == "file" {
+            "; filename=\"C:\\dir\\scan.pdf\"\r\nContent-Type: application/pdf"
+        } else {
+            ""
+        };
+        let head =
+            format!("--cut\r\nContent-Disposition: form-data; name=\"{name}\"{file}\r\n\r\n");
+        bytes.extend_from_slice(head.as_bytes());
+        bytes.extend_from_slice(value);
+        bytes.extend_from_slice(b"\r\n");
+    }
+    bytes.extend_from_slice(b"--cut--\r\n");
+    let request = Client::new().post(at(server.addr, "/upload"));
+    request.header("content-type", "multipart/form-data; boundary=cut").body(bytes)
+}
+
+#[tokio::test]
+async fn a_file_of_a_form_is_kept_and_is_the_input_of_a_job_that_the_form_names() {
+    let server = Local::start(ON).await;
+    let api = server.api();
+    // Larger than one message, and than the bodies that frameworks take by default.
+    let scan: Vec<u8> = (0..3_000_000_u32).map(|at| (at % 251) as u8).collect();
+    let answer = send(form(&server, &[("file", &scan)])).await;
+    assert_eq!(answer.status(), StatusCode::CREATED);
+    let kept = body(answer).await;
+    assert_eq!((&kept["name"], &kept["size_bytes"]), (&json!("scan.pdf"), &json!(3_000_000)));
+    assert_eq!(kept["mime_type"], "application/pdf");
+    let url = kept["url"].as_str().expect("an address");
+    let content = send(Client::new().get(at(server.addr, url))).await;
+    assert!(content.bytes().await.expect("bytes") == scan);
+
+    let fields: [(&str, &[u8]); 4] = [
+        ("model_id", MODEL.as_bytes()),
+        ("file", &scan),
+        ("payload", br#"{"language": "lo"}"#),
+        ("options", br#"{"repeat": 2}"#),
+    ];
+    let answer = send(form(&server, &fields)).await;
+    assert_eq!(answer.status(), StatusCode::ACCEPTED);
+    let job = body(answer).await;
+    assert_eq!(job["file"]["sha256"], kept["sha256"]);
+    let id = job["task_id"].as_str().expect("an id");
+    let spec = api.get(id).await.spec.expect("a spec");
+    let input = baton::json::text_from_struct(&spec.input.expect("an input"));
+    let input: Value = serde_json::from_str(&input).expect("JSON");
+    let file = json!({"$artifact": job["file"]["artifact_id"]});
+    assert_eq!(input, json!({"file": file, "language": "lo"}));
+    let (_, status) = get(&server, &format!("/api/status/{id}")).await;
+    assert_eq!(status["status"], "PENDING");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_form_that_breaks_off_or_is_none_leaves_no_artifact() {
+    let server = Local::start(ON).await;
+    let whole = form(&server, &[("file", &vec![7; 400_000])]).build().expect("a request");
+    let bytes = whole.body().and_then(|body| body.as_bytes()).expect("bytes");
+    let cut = bytes[..bytes.len() - 100].to_vec();
+    let cases = [
+        (form(&server, &[]).body(cut), "form"),
+        (form(&server, &[("model_id", b"a/b")]), "file: is required"),
+        (form(&server, &[("file", b"x"), ("priority", b"high")]), "priority: is not JSON"),
+        (Client::new().post(at(server.addr, "/upload")).json(&json!({})), "content-type"),
+    ];
+    for (request, said) in cases {
+        let answer = send(request).await;
+        assert_eq!(answer.status(), StatusCode::BAD_REQUEST, "{said}");
+        let refusal = body(answer).await;
+        assert!(refusal["detail"].as_str().expect("text").contains(said), "{refusal}");
+    }
+    let list = server.api().artifacts().list_artifacts(pb::ListArtifactsRequest::default()).await;
+    let sizes: Vec<_> =
+        list.expect("a list").into_inner().artifacts.iter().map(|it| it.size_bytes).collect();
+    assert_eq!(sizes, [1], "of the form whose priority is wrong; the broken one left nothing");
     server.stop().await;
 }

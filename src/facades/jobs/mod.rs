@@ -5,15 +5,16 @@
 mod job;
 mod refusal;
 mod request;
+mod upload;
 
 use std::collections::HashMap;
 
 use axum::{
     Router,
     body::Body,
-    extract::{Path, Query, State},
+    extract::{DefaultBodyLimit, FromRequest as _, Multipart, Path, Query, State},
     response::{IntoResponse as _, Response},
-    routing::{any, get, post},
+    routing::{get, post},
 };
 use http::{HeaderValue, Request, StatusCode, header};
 use serde_json::{Value, json};
@@ -47,7 +48,7 @@ pub fn router(facade: Facade) -> Router {
         .route("/requests/{id}", get(queued))
         .route("/api/status/{id}", get(status))
         .route("/api/result/{id}", get(result))
-        .route("/upload", any(upload))
+        .route("/upload", post(upload).layer(DefaultBodyLimit::disable()))
         .method_not_allowed_fallback(other_method)
         .with_state(facade)
 }
@@ -178,7 +179,7 @@ async fn artefact(
         return Err(Refusal::not_found(format!("job `{id}` has no artefact `{name}`")));
     };
     if found.url.is_empty() {
-        let message = format!("artefact `{name}` has no address, and this server keeps no files");
+        let message = format!("artefact `{name}` has no address, and its bytes are not kept here");
         return Err(Refusal::not_offered(message));
     }
     let url = HeaderValue::try_from(found.url)
@@ -228,8 +229,13 @@ async fn status(
     Ok(axum::Json(job.status_json()).into_response())
 }
 
-async fn upload() -> Answer {
-    Err(Refusal::not_offered(
-        "uploads are not offered: this server keeps no files; name the input by its address in a job's payload",
-    ))
+/// Keeps a file, and makes a job of it where the form names a model.
+async fn upload(State(facade): State<Facade>, request: Request<Body>) -> Answer {
+    let (parts, body) = request.into_parts();
+    let client = facade.client(&parts, SCHEME)?;
+    let request = Request::from_parts(parts, body);
+    let form = Multipart::from_request(request, &()).await.map_err(|_| {
+        Refusal::bad("content-type: must be multipart/form-data, with a field `file`")
+    })?;
+    upload::take(client, form).await
 }
