@@ -17,21 +17,9 @@ use tokio::sync::watch;
 
 /// Microseconds since the Unix epoch, by the wall clock. What rows and messages hold.
 #[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    Serialize,
-    Deserialize,
-    sqlx::Type,
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 #[serde(transparent)]
-#[sqlx(transparent)]
 pub struct Micros(pub i64);
 
 impl Micros {

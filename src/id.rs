@@ -17,6 +17,11 @@ macro_rules! id {
         pub struct $name(pub Uuid);
 
         impl $name {
+            /// Before all ids.
+            pub const MIN: Self = Self(Uuid::nil());
+            /// After all ids.
+            pub const MAX: Self = Self(Uuid::max());
+
             /// A new id, made at `now`.
             pub fn new(now: Micros, entropy: &Entropy) -> Self {
                 let millis = u64::try_from(now.0 / 1000).unwrap_or(0);

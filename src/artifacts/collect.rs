@@ -86,7 +86,7 @@ impl Artifacts {
                 Box::pin(async move {
                     let condemned = store::condemned(tx, now, CHUNK).await?;
                     for id in &condemned {
-                        store::delete(tx, *id).await?;
+                        store::delete(tx, *id, now).await?;
                     }
                     if condemned.is_empty() {
                         store::forget_references(tx, now).await?;

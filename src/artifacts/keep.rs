@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::{
     Artifacts,
     model::{Artifact, Origin, Spec, Upload},
-    store::{self, stored, uploads},
+    store::{self, Lease, stored, uploads},
 };
 use crate::{
     blob::{self, Digest, Key, Presigned, hash::Hasher},
@@ -54,7 +54,7 @@ impl Artifacts {
         let artifacts = self.clone();
         let begun = self.0.db.write(move |tx| {
             Box::pin(async move {
-                check_lease(tx, &upload.namespace, &upload.origin).await?;
+                check_lease(tx, &upload.namespace, &upload.origin, Lease::Held).await?;
                 if upload.spec.digest.is_some()
                     && let Some(found) = uploads::find_alike(tx, &upload, now).await?
                 {
@@ -289,7 +289,7 @@ impl Artifacts {
         let artifacts = self.clone();
         let listed = self.0.db.write(move |tx| {
             Box::pin(async move {
-                check_lease(tx, &new.namespace, &new.origin).await?;
+                check_lease(tx, &new.namespace, &new.origin, Lease::Held).await?;
                 artifacts.check_room(tx, &new.namespace, new.size).await?;
                 if let Some(upload) = upload
                     && !uploads::complete(tx, upload, new.id, new.size).await?
@@ -313,7 +313,7 @@ impl Artifacts {
             let (artifacts, new) = (self.clone(), new.clone());
             let touch = self.0.db.write(move |tx| {
                 Box::pin(async move {
-                    check_lease(tx, &new.namespace, &new.origin).await?;
+                    check_lease(tx, &new.namespace, &new.origin, Lease::Held).await?;
                     artifacts.check_room(tx, &new.namespace, new.size).await?;
                     stored::touch(tx, &new.key, new.size, artifacts.0.clock.now()).await
                 })
@@ -342,7 +342,7 @@ impl Artifacts {
         if most == 0 {
             return Ok(());
         }
-        let used = store::usage(tx, namespace).await?;
+        let used = store::hold_usage(tx, namespace).await?;
         if used.saturating_add(more) <= most {
             return Ok(());
         }
@@ -365,9 +365,14 @@ fn deleting() -> Error {
 }
 
 /// An attempt makes and reads artifacts only while it holds its lease.
-pub(super) async fn check_lease(tx: &mut Tx, namespace: &Namespace, origin: &Origin) -> Result<()> {
+pub(super) async fn check_lease(
+    tx: &mut Tx,
+    namespace: &Namespace,
+    origin: &Origin,
+    lease: Lease,
+) -> Result<()> {
     let Some((task, attempt)) = origin.attempt else { return Ok(()) };
-    if store::runs(tx, namespace, task, attempt).await? {
+    if store::runs(tx, namespace, (task, attempt), lease).await? {
         return Ok(());
     }
     let message = format!("the lease of `{task}/{attempt}` has ended; stop that work");

@@ -18,7 +18,7 @@ mod keep;
 pub mod model;
 mod receive;
 mod service;
-mod store;
+pub mod store;
 #[cfg(test)]
 #[cfg(feature = "s3")]
 mod tests;
@@ -28,7 +28,7 @@ use std::{sync::Arc, time::Duration};
 pub use self::{convert::references, receive::Receiver, service::Service};
 use self::{
     model::{Artifact, Origin},
-    store::Filter,
+    store::{Filter, Lease},
 };
 use crate::{
     blob::{Digest, Pieces, Store, hash::Hasher},
@@ -100,7 +100,7 @@ impl Artifacts {
                 let Some((task, _)) = origin.attempt else {
                     return store::get(tx, &namespace, id, now).await;
                 };
-                keep::check_lease(tx, &namespace, &origin).await?;
+                keep::check_lease(tx, &namespace, &origin, Lease::Seen).await?;
                 // What a task reads stays for as long as it needs it.
                 let artifact = store::get_any(tx, &namespace, id).await?;
                 let made = artifact.origin.attempt.is_some_and(|(maker, _)| maker == task);
@@ -154,10 +154,11 @@ impl Artifacts {
         limit: u32,
     ) -> Result<Vec<Artifact>> {
         let (namespace, now) = (namespace.clone(), self.0.clock.now());
+        let cursor = cursor.map(|id| id.parse()).transpose().map_err(|_| {
+            Error::invalid("page_token", "is not a token of this list; use next_page_token")
+        })?;
         let list = self.0.db.read(move |tx| {
-            Box::pin(async move {
-                store::list(tx, &namespace, &filter, cursor.as_deref(), limit, now).await
-            })
+            Box::pin(async move { store::list(tx, &namespace, &filter, cursor, limit, now).await })
         });
         list.await
     }
@@ -171,11 +172,12 @@ impl Artifacts {
                     Err(error) if error.kind() == Kind::NotFound => return Ok(false),
                     found => found?,
                 };
-                if let Some(task) = store::reader(tx, id, now).await? {
-                    let message = format!("artifact `{id}` is read by task `{task}`, which has not ended; cancel that task or wait");
-                    return Err(Error::state_conflict("artifact", id, "IN_USE", message));
+                if store::delete(tx, id, now).await? {
+                    return Ok(true);
                 }
-                store::delete(tx, id).await
+                let Some(task) = store::reader(tx, id, now).await? else { return Ok(false) };
+                let message = format!("artifact `{id}` is read by task `{task}`, which has not ended; cancel that task or wait");
+                Err(Error::state_conflict("artifact", id, "IN_USE", message))
             })
         });
         delete.await
@@ -217,8 +219,7 @@ impl Artifacts {
         let refer = self.0.db.write(move |tx| {
             Box::pin(async move {
                 for id in ids {
-                    store::get(tx, &namespace, id, now).await?;
-                    store::refer(tx, id, task, now).await?;
+                    store::refer(tx, &namespace, id, task, now).await?;
                 }
                 Ok(())
             })

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use sqlx::migrate::{Migrate, MigrateError, Migrator};
 
-use super::Db;
+use super::{Backend, Db, Sql};
 use crate::error::{Error, Kind, Reason, Result};
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -32,7 +32,8 @@ impl Status {
 impl Db {
     /// Applies what is pending.
     pub(super) async fn migrate_now(&self) -> Result<()> {
-        let mut slot = self.0.writer.lock().await;
+        let Backend::Sqlite(sqlite) = &self.0.backend;
+        let mut slot = sqlite.writer.lock().await;
         let Some(conn) = slot.as_mut() else {
             return Err(Error::storage("the database was closed"));
         };
@@ -71,8 +72,8 @@ pub async fn backup(path: &Path, to: &Path) -> Result<u64> {
     let target = to.display().to_string();
     db.read(|tx| {
         Box::pin(async move {
-            sqlx::query("VACUUM INTO $1").bind(target).execute(tx.conn()).await?;
-            Ok(())
+            const COPY: Sql = Sql::new("VACUUM INTO $1");
+            tx.query(COPY).bind(target).run().await.map(drop)
         })
     })
     .await?;
@@ -91,7 +92,8 @@ fn require(path: &Path) -> Result<()> {
 
 async fn status_of(db: &Db, path: &Path) -> Result<Status> {
     let known = MIGRATOR.iter().map(|m| (m.version, m.description.to_string())).collect();
-    let mut slot = db.0.writer.lock().await;
+    let Backend::Sqlite(sqlite) = &db.0.backend;
+    let mut slot = sqlite.writer.lock().await;
     let Some(conn) = slot.as_mut() else { return Err(Error::storage("the database was closed")) };
     let journal_mode: String =
         sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut *conn).await?;

@@ -1,164 +1,153 @@
-//! The database: one writer, several readers, transactions as the unit of work.
+//! The database: transactions as the unit of work, on one engine or another.
 //!
-//! SQLite in WAL mode with `synchronous=FULL`: a commit is on stable storage before it is
-//! acknowledged. All writes pass through one connection, so a read-then-write is never
-//! upgraded and never meets `SQLITE_BUSY`. After an I/O error the connection is not trusted:
-//! it is closed and the file is opened anew, which recovers from the log. Knows no table but
-//! the migrator's.
+//! A store writes its statements once; [`Tx::query`] runs them on the engine that is there, and
+//! a [`Script`] gathers what one transaction writes, so that it is sent together. A commit is on
+//! stable storage before it is acknowledged. Knows no table but the migrator's.
 
 mod admin;
 mod bulk;
 pub mod page;
+mod row;
 mod script;
+mod sqlite;
+mod statement;
+mod value;
 
-use std::{
-    future::Future,
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{future::Future, path::Path, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
-use parking_lot::Mutex;
-use sqlx::{
-    ConnectOptions, Connection, SqliteConnection,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
-};
-use tokio::sync::{Semaphore, watch};
+use sqlx::SqliteConnection;
+use tokio::sync::watch;
 
 pub use admin::{Status, backup, migrate, status};
-pub use bulk::{Bulk, chunks};
-pub use script::{Script, Values};
+pub use bulk::{Bulk, Type, chunks};
+pub use row::{Column, FromRow, Row};
+pub use script::Script;
+pub use statement::{Query, Sql, Statement};
+pub use value::{Bind, Json, Value, Values};
 
+use self::sqlite::Sqlite;
 use crate::{
     error::{Error, Kind, Reason, Result},
     faults::{self, Fault},
 };
 
-/// Readers at once: reads are short, and SQLite's are blocking calls on a thread each.
-const READERS: usize = 4;
-
-/// Pages that the writer keeps, as `PRAGMA cache_size`. SQLite looks through all of them at the end of
-/// a transaction that split a page, which 64 MiB made a quarter of its time; what is not here is in the
-/// page cache of the operating system.
-const WRITER_CACHE: &str = "-4096";
-
-/// Pages that a reader keeps: it drops them all when the database has changed.
-const READER_CACHE: &str = "-1024";
-
-/// Free space below which nothing new is accepted, so that what runs can still end.
-const HEADROOM: u64 = 32 << 20;
-
-/// Takes the writer's lock at once, so that a read is never upgraded.
-const BEGIN: &str = "BEGIN IMMEDIATE";
-const COMMIT: &str = "COMMIT";
+/// Which engine keeps the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// A file of this process.
+    Sqlite,
+}
 
 /// A database; clones share it.
 #[derive(Clone)]
 pub struct Db(Arc<Inner>);
 
 struct Inner {
-    options: SqliteConnectOptions,
-    path: PathBuf,
-    /// `None` while in use elsewhere, lost to a cancelled caller, or not trusted any more.
-    writer: tokio::sync::Mutex<Option<SqliteConnection>>,
-    readers: Mutex<Vec<SqliteConnection>>,
-    reader_slots: Semaphore,
-    healthy: watch::Sender<bool>,
-    headroom: AtomicU64,
+    backend: Backend,
+    health: Arc<Health>,
     /// Statements block the thread: no time passes in a simulation while they run.
     blocking: bool,
 }
 
-/// A transaction, or for reads a connection.
-pub struct Tx(SqliteConnection);
+enum Backend {
+    Sqlite(Sqlite),
+}
 
-impl Tx {
-    /// The connection, for `sqlx::query(..).execute(tx.conn())`.
-    pub fn conn(&mut self) -> &mut SqliteConnection {
-        &mut self.0
+/// Whether the last write worked and there is room for more.
+struct Health {
+    healthy: watch::Sender<bool>,
+    /// Names the database in the log.
+    name: String,
+}
+
+impl Health {
+    fn new(name: String) -> Arc<Self> {
+        Arc::new(Self { healthy: watch::Sender::new(true), name })
+    }
+
+    fn set(&self, healthy: bool) {
+        let healthy = healthy || faults::planted(Fault::ReadyWithoutStorage);
+        self.healthy.send_if_modified(|current| {
+            let changed = *current != healthy;
+            if changed && healthy {
+                tracing::info!("storage works again");
+            } else if changed {
+                tracing::error!(database = %self.name, "storage is failing or full");
+            }
+            *current = healthy;
+            changed
+        });
     }
 }
 
-/// A transaction that writes.
-pub struct Write<'a> {
-    db: &'a Db,
-    slot: tokio::sync::MutexGuard<'a, Option<SqliteConnection>>,
-    tx: Option<Tx>,
-    begun: bool,
+/// A transaction, or for reads a connection.
+pub enum Tx {
+    #[doc(hidden)]
+    Sqlite(SqliteConnection),
+}
+
+impl Tx {
+    fn engine(&self) -> Engine {
+        match self {
+            Self::Sqlite(_) => Engine::Sqlite,
+        }
+    }
+
+    fn sqlite(&mut self) -> &mut SqliteConnection {
+        match self {
+            Self::Sqlite(conn) => conn,
+        }
+    }
+
+    fn into_sqlite(self) -> SqliteConnection {
+        match self {
+            Self::Sqlite(conn) => conn,
+        }
+    }
+}
+
+/// A transaction that writes. Dropped without [`commit`](Self::commit), everything it did is
+/// undone.
+pub struct Write<'a>(Writing<'a>);
+
+enum Writing<'a> {
+    Sqlite(sqlite::Write<'a>),
 }
 
 impl Write<'_> {
     /// The transaction.
-    ///
-    /// # Panics
-    /// Never: it is there until `self` is consumed.
     pub fn tx(&mut self) -> &mut Tx {
-        self.tx.as_mut().expect("there until the transaction ends")
+        match &mut self.0 {
+            Writing::Sqlite(write) => write.tx(),
+        }
     }
 
     /// Commits: what was written is on stable storage afterwards.
-    pub async fn commit(mut self) -> Result<()> {
-        if self.begun
-            && let Err(error) = sqlx::query(COMMIT).execute(self.tx().conn()).await
-        {
-            return refused(self.distrust(error));
-        }
-        self.release();
-        Ok(())
+    pub async fn commit(self) -> Result<()> {
+        acknowledged(match self.0 {
+            Writing::Sqlite(write) => write.commit().await,
+        })
     }
 
-    /// Runs a script and commits, or undoes everything. Begin, script and commit are one message
-    /// where the script is small and no answer must be looked at before the commit.
-    pub async fn commit_with(mut self, mut script: Script) -> Result<()> {
-        if script.is_empty() {
-            return self.commit().await;
-        }
-        if !self.begun {
-            script.put_first(BEGIN);
-            self.begun = true;
-        }
-        let whole = !script.is_checked();
-        if whole {
-            script.put_last(COMMIT);
-        }
-        match script.run(self.tx()).await {
-            Ok(()) if whole => {
-                self.release();
-                Ok(())
-            }
-            Ok(()) => self.commit().await,
-            Err(error) => refused(self.rollback(error).await),
-        }
+    /// Runs a script and commits, or undoes everything.
+    pub async fn commit_with(self, script: Script) -> Result<()> {
+        acknowledged(match self.0 {
+            Writing::Sqlite(write) => write.commit_with(script).await,
+        })
     }
 
     /// Undoes everything, because of `error`.
-    pub async fn rollback(mut self, error: Error) -> Error {
-        if error.reason() == Reason::StorageUnavailable {
-            return self.distrust(error);
+    pub async fn rollback(self, error: Error) -> Error {
+        match self.0 {
+            Writing::Sqlite(write) => write.rollback(error).await,
         }
-        if self.begun
-            && let Err(error) = sqlx::query("ROLLBACK").execute(self.tx().conn()).await
-        {
-            return self.distrust(error);
-        }
-        self.release();
-        error
     }
+}
 
-    /// Leaves the connection to the next writer.
-    fn release(mut self) {
-        *self.slot = self.tx.take().map(|tx| tx.0);
-    }
-
-    /// Drops the connection, which undoes what it did; the next writer opens the file anew.
-    fn distrust(self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-        self.db.set_healthy(false);
-        Error::storage(error)
-    }
+/// The outcome of a commit.
+fn acknowledged(outcome: Result<()>) -> Result<()> {
+    if faults::planted(Fault::AckFailedCommits) { Ok(()) } else { outcome }
 }
 
 impl Db {
@@ -182,36 +171,23 @@ impl Db {
         Self::connect_as(path, false).await
     }
 
-    async fn connect_as(path: &Path, blocking: bool) -> Result<Self> {
-        let synchronous = if blocking || faults::planted(Fault::UnsyncedCommits) {
-            SqliteSynchronous::Off
-        } else {
-            SqliteSynchronous::Full
-        };
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(synchronous)
-            .foreign_keys(true)
-            .busy_timeout(Duration::from_secs(5))
-            .pragma("wal_autocheckpoint", "4000")
-            .pragma("journal_size_limit", "67108864")
-            .pragma("cache_size", WRITER_CACHE)
-            .pragma("temp_store", "memory")
-            .statement_cache_capacity(256)
-            .disable_statement_logging();
-        let writer = open_connection(&options).await?;
-        Ok(Self(Arc::new(Inner {
-            options,
-            path: path.to_owned(),
-            writer: tokio::sync::Mutex::new(Some(writer)),
-            readers: Mutex::default(),
-            reader_slots: Semaphore::new(READERS),
-            healthy: watch::Sender::new(true),
-            headroom: AtomicU64::new(HEADROOM),
-            blocking,
-        })))
+    async fn connect_as(path: &Path, simulated: bool) -> Result<Self> {
+        let health = Health::new(path.display().to_string());
+        let sqlite = Sqlite::connect(path, simulated, health.clone()).await?;
+        let backend = Backend::Sqlite(sqlite);
+        Ok(Self(Arc::new(Inner { backend, health, blocking: simulated })))
+    }
+
+    /// Which engine it is.
+    pub fn engine(&self) -> Engine {
+        match &self.0.backend {
+            Backend::Sqlite(_) => Engine::Sqlite,
+        }
+    }
+
+    /// An empty script for it.
+    pub fn script(&self) -> Script {
+        Script::new(self.engine())
     }
 
     /// Drives work on the database to its end: in a simulation without letting time pass.
@@ -219,35 +195,21 @@ impl Db {
         if self.0.blocking { futures_executor::block_on(work) } else { work.await }
     }
 
-    /// Begins a transaction. One writer runs at a time. Dropped without
-    /// [`commit`](Write::commit), everything it did is undone.
+    /// Begins a transaction.
     pub async fn begin(&self) -> Result<Write<'_>> {
-        let mut write = self.prepare().await?;
-        match sqlx::query(BEGIN).execute(write.tx().conn()).await {
-            Ok(_) => {
-                write.begun = true;
-                Ok(write)
-            }
-            Err(error) => Err(write.distrust(error)),
+        match &self.0.backend {
+            Backend::Sqlite(sqlite) => sqlite.begin().await.map(Writing::Sqlite),
         }
+        .map(Write)
     }
 
-    /// As [`begin`](Self::begin), but the transaction begins with
-    /// [`Write::commit_with`]. What is read before that is what a transaction would read: nobody else
-    /// writes meanwhile.
+    /// As [`begin`](Self::begin), but the transaction begins with [`Write::commit_with`]: what is
+    /// read before that may have been changed by others when it does.
     pub async fn prepare(&self) -> Result<Write<'_>> {
-        let mut slot = self.0.writer.lock().await;
-        let conn = match slot.take() {
-            Some(conn) => Ok(conn),
-            None => open_connection(&self.0.options).await,
-        };
-        match conn {
-            Ok(conn) => Ok(Write { db: self, slot, tx: Some(Tx(conn)), begun: false }),
-            Err(error) => {
-                self.set_healthy(false);
-                Err(error)
-            }
+        match &self.0.backend {
+            Backend::Sqlite(sqlite) => sqlite.prepare().await.map(Writing::Sqlite),
         }
+        .map(Write)
     }
 
     /// Runs `f` in a transaction: committed, and synced, when `f` is `Ok`, else rolled back.
@@ -280,28 +242,26 @@ impl Db {
         F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
         T: Send,
     {
-        let _slot = self.0.reader_slots.acquire().await.map_err(Error::internal)?;
-        let pooled = self.0.readers.lock().pop();
-        let conn = match pooled {
-            Some(conn) => conn,
-            None => open_connection(&reader(&self.0.options)).await?,
-        };
-        let mut tx = Tx(conn);
-        let result = f(&mut tx).await;
-        if !matches!(&result, Err(error) if error.reason() == Reason::StorageUnavailable) {
-            self.0.readers.lock().push(tx.0);
+        match &self.0.backend {
+            Backend::Sqlite(sqlite) => {
+                let (_slot, mut tx) = sqlite.reader().await?;
+                let result = f(&mut tx).await;
+                if !is_storage_failure(&result) {
+                    sqlite.return_reader(tx);
+                }
+                result
+            }
         }
-        result
     }
 
     /// Whether the last write worked and there is room for more.
     pub fn healthy(&self) -> watch::Receiver<bool> {
-        self.0.healthy.subscribe()
+        self.0.health.healthy.subscribe()
     }
 
     /// Refuses when nothing new should be accepted; what runs may still end.
     pub fn check_admission(&self) -> Result<()> {
-        if *self.0.healthy.borrow() {
+        if *self.0.health.healthy.borrow() {
             return Ok(());
         }
         Err(Error::new(
@@ -312,68 +272,48 @@ impl Db {
         .retry_after(Duration::from_secs(1)))
     }
 
-    /// Finds out whether storage works: enough free space and, where `healthy` is false, a
+    /// Finds out whether storage works: enough free space and, where it did not work before, a
     /// write that reaches the disk. Called twice a second by [`watch_health`].
     pub async fn probe(&self) -> bool {
-        let free = rustix::fs::statvfs(self.0.path.parent().unwrap_or(Path::new(".")))
-            .map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-        let room = matches!(free, Ok(free) if free >= self.0.headroom.load(Ordering::Relaxed))
-            && self.0.path.exists();
-        let works =
-            if room && !*self.0.healthy.borrow() { self.touch().await.is_ok() } else { room };
-        self.set_healthy(works);
+        let room = match &self.0.backend {
+            Backend::Sqlite(sqlite) => sqlite.has_room(),
+        };
+        let was_healthy = *self.0.health.healthy.borrow();
+        let works = if room && !was_healthy { self.touch().await.is_ok() } else { room };
+        self.0.health.set(works);
         works
     }
 
     /// Sets the free space below which nothing new is accepted.
     pub fn set_headroom(&self, bytes: u64) {
-        self.0.headroom.store(bytes, Ordering::Relaxed);
+        match &self.0.backend {
+            Backend::Sqlite(sqlite) => sqlite.set_headroom(bytes),
+        }
     }
 
     async fn touch(&self) -> Result<()> {
         self.write(|tx| {
-            Box::pin(async move {
-                sqlx::query(
-                    "INSERT INTO settings (name, value) VALUES ('probe', x'00')
-                     ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                )
-                .execute(tx.conn())
-                .await?;
-                Ok(())
-            })
+            Box::pin(async move { tx.query(TOUCH).bind(vec![0]).run().await.map(drop) })
         })
         .await
     }
 
-    fn set_healthy(&self, healthy: bool) {
-        let healthy = healthy || faults::planted(Fault::ReadyWithoutStorage);
-        self.0.healthy.send_if_modified(|current| {
-            let changed = *current != healthy;
-            if changed && healthy {
-                tracing::info!("storage works again");
-            } else if changed {
-                tracing::error!(path = %self.0.path.display(), "storage is failing or full");
-            }
-            *current = healthy;
-            changed
-        });
-    }
-
-    /// Closes all connections after a last checkpoint.
+    /// Closes all connections.
     pub async fn close(&self) {
-        self.0.reader_slots.close();
-        let readers = std::mem::take(&mut *self.0.readers.lock());
-        for reader in readers {
-            // Closing a reader writes nothing that could be lost.
-            let _ = reader.close().await;
-        }
-        if let Some(writer) = self.0.writer.lock().await.take()
-            && let Err(error) = writer.close().await
-        {
-            tracing::warn!(%error, "the database was not closed cleanly; it will recover");
+        match &self.0.backend {
+            Backend::Sqlite(sqlite) => sqlite.close().await,
         }
     }
 }
+
+/// A write that changes nothing that counts.
+const TOUCH: Sql = Sql::new(
+    "INSERT INTO settings (name, value) VALUES ('probe', $1)
+     ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+);
+
+/// Statements of this kernel.
+pub const STATEMENTS: &[Statement] = &[Statement::Query(TOUCH)];
 
 /// Probes storage twice a second, for ever.
 pub async fn watch_health(db: Db, clock: crate::clock::Clock) -> anyhow::Result<()> {
@@ -383,18 +323,8 @@ pub async fn watch_health(db: Db, clock: crate::clock::Clock) -> anyhow::Result<
     }
 }
 
-/// The outcome of what could not be committed.
-fn refused(error: Error) -> Result<()> {
-    if faults::planted(Fault::AckFailedCommits) { Ok(()) } else { Err(error) }
-}
-
-/// Options of a connection that reads.
-fn reader(writer: &SqliteConnectOptions) -> SqliteConnectOptions {
-    writer.clone().read_only(true).pragma("cache_size", READER_CACHE)
-}
-
-async fn open_connection(options: &SqliteConnectOptions) -> Result<SqliteConnection> {
-    options.connect().await.map_err(Error::storage)
+fn is_storage_failure<T>(result: &Result<T>) -> bool {
+    matches!(result, Err(error) if error.reason() == Reason::StorageUnavailable)
 }
 
 impl From<sqlx::Error> for Error {

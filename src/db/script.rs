@@ -6,28 +6,25 @@
 //! prepared statements.
 
 use futures_util::TryStreamExt as _;
-use sqlx::{
-    Arguments as _, AssertSqlSafe, Either, Encode, Executor as _, Sqlite, Type,
-    sqlite::SqliteArguments,
-};
+use sqlx::{AssertSqlSafe, Either, Executor as _};
 
 use super::{
-    Tx,
+    Engine, Tx,
     bulk::{Bulk, chunks},
+    value::{Arguments, Values},
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Reason, Result};
 
 /// A statement over more rows than this goes by itself.
 const SMALL: usize = 16;
 
 /// Statements to run in order.
-#[derive(Default)]
 pub struct Script {
+    engine: Engine,
     messages: Vec<Message>,
 }
 
 /// Statements that go together, and their values.
-#[derive(Default)]
 struct Message {
     text: String,
     values: Values,
@@ -37,27 +34,10 @@ struct Message {
     small: bool,
 }
 
-/// Values of statements, in the order of their places.
-#[derive(Default)]
-pub struct Values {
-    arguments: SqliteArguments,
-    error: Option<Error>,
-}
-
-impl Values {
-    /// Adds the next value.
-    pub fn bind<'v, T: Encode<'v, Sqlite> + Type<Sqlite>>(&mut self, value: T) -> &mut Self {
-        if let Err(error) = self.arguments.add(value) {
-            self.error.get_or_insert_with(|| Error::internal(error));
-        }
-        self
-    }
-}
-
 impl Script {
-    /// Adds a statement whose places are anonymous (`?`) and all get a value.
-    pub fn add(&mut self, text: &str) -> &mut Values {
-        self.push(text, None, true)
+    /// An empty script.
+    pub(super) fn new(engine: Engine) -> Self {
+        Self { engine, messages: Vec::new() }
     }
 
     /// Adds a statement over any number of rows; `bind` gives a row its values.
@@ -90,12 +70,12 @@ impl Script {
         for chunk in chunks(rows) {
             let changes = exactly.then_some(chunk.len() as u64);
             let values = self.push(bulk.text(chunk.len()), changes, chunk.len() <= SMALL);
-            let end = values.arguments.len() + bulk.places(chunk.len());
+            let end = values.len() + bulk.places(chunk.len());
             for row in chunk {
                 bind(values, row)?;
             }
             // A value that is missing would be taken from the next statement's.
-            while values.arguments.len() < end {
+            while values.len() < end {
                 values.bind(None::<i64>);
             }
         }
@@ -104,7 +84,12 @@ impl Script {
 
     fn push(&mut self, text: &str, changes: Option<u64>, small: bool) -> &mut Values {
         if !small || !self.messages.last().is_some_and(|message| message.small) {
-            self.messages.push(Message { small, ..Message::default() });
+            self.messages.push(Message {
+                text: String::new(),
+                values: Values::new(self.engine),
+                changes: Vec::new(),
+                small,
+            });
         }
         let at = self.messages.len() - 1;
         let message = &mut self.messages[at];
@@ -154,38 +139,50 @@ impl Script {
 
 impl Message {
     async fn send(self, tx: &mut Tx) -> Result<()> {
-        if let Some(error) = self.values.error {
-            return Err(error);
-        }
-        let query = sqlx::query_with(AssertSqlSafe(self.text), self.values.arguments);
         let mut changes = self.changes.into_iter();
-        // The driver runs the statements of a text in turn and gives each its own values.
-        let mut answers = tx.conn().fetch_many(query);
-        while let Some(answer) = answers.try_next().await? {
-            let Either::Left(done) = answer else { continue };
-            if changes.next().flatten().is_some_and(|wanted| wanted != done.rows_affected()) {
-                return Err(Error::internal("a row changed behind its only writer"));
+        match (tx, self.values.finish()?) {
+            (Tx::Sqlite(conn), Arguments::Sqlite(values)) => {
+                let query = sqlx::query_with(AssertSqlSafe(self.text), values);
+                // The driver runs the statements of a text in turn and gives each its own values.
+                let mut answers = conn.fetch_many(query);
+                while let Some(answer) = answers.try_next().await? {
+                    let Either::Left(done) = answer else { continue };
+                    check(changes.next().flatten(), done.rows_affected())?;
+                }
             }
         }
         Ok(())
     }
 }
 
+/// A statement changes the rows that it must, or its transaction is undone.
+fn check(wanted: Option<u64>, changed: u64) -> Result<()> {
+    match wanted {
+        Some(wanted) if wanted != changed => Err(Error::new(
+            Kind::Aborted,
+            Reason::Conflict,
+            format!("{changed} of {wanted} rows were as they had been read"),
+        )),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::db::Db;
+    use crate::db::{Db, Sql, Type};
 
     static INSERT: Bulk = Bulk::new(
-        "INSERT INTO settings (name, value) SELECT * FROM (VALUES ",
-        2,
-        ") WHERE column1 IS NOT NULL",
+        "WITH new (name, value) AS (",
+        &[Type::Text, Type::Bytes],
+        ") INSERT INTO settings (name, value) SELECT * FROM new WHERE name IS NOT NULL",
     );
     static UPDATE: Bulk = Bulk::new(
-        "WITH new (name, value) AS (VALUES ",
-        2,
+        "WITH new (name, value) AS (",
+        &[Type::Text, Type::Bytes],
         ") UPDATE settings SET value = n.value FROM new n WHERE settings.name = n.name",
     );
+    static DELETE: Bulk = Bulk::new("DELETE FROM settings WHERE name IN (", &[Type::Text], ")");
 
     fn rows(n: usize, value: u8) -> Vec<(String, Vec<u8>)> {
         (0..n).map(|i| (format!("row {i:03}"), vec![value, i as u8])).collect()
@@ -197,6 +194,12 @@ mod tests {
         Ok(())
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "as scripts want it")]
+    fn bind_name(values: &mut Values, (name, _): &(String, Vec<u8>)) -> Result<()> {
+        values.bind(name.clone());
+        Ok(())
+    }
+
     async fn run(db: &Db, script: Script) -> Result<()> {
         db.write(|tx| Box::pin(script.run(tx))).await
     }
@@ -204,8 +207,10 @@ mod tests {
     async fn stored(db: &Db) -> Vec<(String, Vec<u8>)> {
         let read = db.read(|tx| {
             Box::pin(async move {
-                let sql = "SELECT name, value FROM settings WHERE name LIKE 'row %' ORDER BY name";
-                Ok(sqlx::query_as(sql).fetch_all(tx.conn()).await?)
+                const SQL: Sql = Sql::new(
+                    "SELECT name, value FROM settings WHERE name LIKE 'row %' ORDER BY name",
+                );
+                tx.query(SQL).all().await
             })
         });
         read.await.unwrap()
@@ -216,11 +221,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(&dir.path().join("script.db")).await.unwrap();
         for n in [1, 2, 3, 4, 5, 63, 64, 65, 200] {
-            let mut script = Script::default();
-            script.add("DELETE FROM settings WHERE name LIKE ?").bind("row %");
+            let mut script = db.script();
+            script.add_rows(&DELETE, &rows(200, 1), bind_name).unwrap();
             script.add_rows(&INSERT, &rows(n, 1), bind).unwrap();
             script.add_rows_exactly(&UPDATE, &rows(n, 2)[..n.min(3)], bind).unwrap();
-            script.add("DELETE FROM settings WHERE name = ?").bind("row 000");
+            script.add_rows(&DELETE, &rows(1, 1), bind_name).unwrap();
             run(&db, script).await.unwrap();
             let (old, new) = (rows(n, 1), rows(n, 2));
             let wanted = [&new[..n.min(3)], &old[n.min(3)..]].concat();
@@ -232,11 +237,11 @@ mod tests {
     async fn a_row_that_must_change_and_is_not_there_undoes_everything() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(&dir.path().join("script.db")).await.unwrap();
-        let mut script = Script::default();
+        let mut script = db.script();
         script.add_rows(&INSERT, &rows(1, 1), bind).unwrap();
         script.add_rows_exactly(&UPDATE, &rows(2, 2), bind).unwrap();
-        script.add("DELETE FROM settings WHERE name = ?").bind("none");
-        assert!(run(&db, script).await.is_err());
+        script.add_rows(&DELETE, &rows(1, 1), bind_name).unwrap();
+        assert_eq!(run(&db, script).await.unwrap_err().reason(), Reason::Conflict);
         assert_eq!(stored(&db).await, []);
     }
 }

@@ -5,6 +5,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 use super::{Dispatcher, Sweep};
 use crate::{
     clock::Clock,
+    db::Sql,
     id::{Namespace, TaskId},
     pb::connect_response::Body,
     queue::Entry,
@@ -147,13 +148,11 @@ async fn the_sweep_leaves_alone_what_started_or_ended() {
     assert!(world.parts.queue.is_empty());
 }
 
-async fn rename(world: &World, sql: &'static str) {
-    let write = world.parts.db.write(move |tx| {
-        Box::pin(async move {
-            sqlx::query(sql).execute(tx.conn()).await?;
-            Ok(())
-        })
-    });
+async fn rename(world: &World, sql: Sql) {
+    let write = world
+        .parts
+        .db
+        .write(move |tx| Box::pin(async move { tx.query(sql).run().await.map(drop) }));
     write.await.unwrap();
 }
 
@@ -188,13 +187,13 @@ async fn who_waited_longer_gets_the_slot_that_an_accepted_task_finds() {
 async fn a_commit_that_fails_leaves_neither_a_start_nor_an_entry() {
     let world = World::starting().await;
     let mut runner = Runner::connect(&world);
-    rename(&world, "ALTER TABLE tasks RENAME TO hidden").await;
+    rename(&world, Sql::new("ALTER TABLE tasks RENAME TO hidden")).await;
     assert!(world.try_submit().await.is_err());
     assert_eq!(assigned(&mut runner, &world), 0);
     assert!(world.parts.queue.is_empty());
     let stats = world.parts.queue.stats(&Namespace::from("default"), "baton/echo");
     assert_eq!((stats.running, stats.free_slots), (0, 8));
-    rename(&world, "ALTER TABLE hidden RENAME TO tasks").await;
+    rename(&world, Sql::new("ALTER TABLE hidden RENAME TO tasks")).await;
     let id = world.submit().await;
     assert_eq!(assigned(&mut runner, &world), 1);
     assert_eq!(world.get(id).await.state, State::Running);

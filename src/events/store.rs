@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::{
     clock::Micros,
-    db::{Bulk, Script, Tx},
+    db::{Bulk, FromRow, Json, Row, Script, Sql, Statement, Tx, Type},
     error::Result,
     id::{Namespace, TaskId},
 };
@@ -39,47 +39,59 @@ pub struct Event {
     pub frame: Bytes,
 }
 
+static APPEND: Bulk = Bulk::new(
+    "WITH new (task_id, namespace, sequence, kind, time, frame) AS (",
+    &[Type::Id, Type::Text, Type::Int, Type::Text, Type::Int, Type::Bytes],
+    ")
+     INSERT INTO task_events (task_id, namespace, sequence, kind, time, frame)
+     SELECT * FROM new WHERE task_id IS NOT NULL
+     ON CONFLICT (task_id, sequence) DO NOTHING",
+);
+
 /// Appends entries. A sequence that is there already is left as it is: what the recorder
 /// repeats after an unknown commit is the same entry.
 pub fn append(script: &mut Script, events: &[NewEvent]) -> Result<()> {
-    static INSERT: Bulk = Bulk::new(
-        "INSERT INTO task_events (task_id, namespace, sequence, kind, time, frame)
-         SELECT * FROM (VALUES ",
-        6,
-        ") WHERE column1 IS NOT NULL
-         ON CONFLICT (task_id, sequence) DO NOTHING",
-    );
-    script.add_rows(&INSERT, events, |row, event| {
-        row.bind(event.task.to_string())
-            .bind(event.namespace.as_str().to_owned())
+    script.add_rows(&APPEND, events, |row, event| {
+        row.bind(event.task)
+            .bind(&event.namespace)
             .bind(event.sequence as i64)
             .bind(event.kind)
             .bind(event.time)
-            .bind(event.frame.to_vec());
+            .bind(&event.frame);
         Ok(())
     })
 }
 
+const LIST: Sql = Sql::new(
+    "SELECT position, task_id, sequence, frame FROM task_events
+     WHERE task_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3",
+);
+
 /// A task's entries with sequences above `after`, oldest first.
 pub async fn list(tx: &mut Tx, task: TaskId, after: u64, limit: u32) -> Result<Vec<Event>> {
-    let rows: Vec<(i64, String, i64, Vec<u8>)> = sqlx::query_as(
-        "SELECT position, task_id, sequence, frame FROM task_events
-         WHERE task_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3",
-    )
-    .bind(task.to_string())
-    .bind(i64::try_from(after).unwrap_or(i64::MAX))
-    .bind(limit)
-    .fetch_all(tx.conn())
-    .await?;
-    rows.into_iter().map(event).collect()
+    let after = i64::try_from(after).unwrap_or(i64::MAX);
+    tx.query(LIST).bind(task).bind(after).bind(limit).all().await
 }
+
+const NEWEST: Sql = Sql::new("SELECT max(position) FROM task_events");
 
 /// The position of the newest entry of all; 0 when there is none.
 pub async fn newest(tx: &mut Tx) -> Result<i64> {
-    let position: Option<i64> =
-        sqlx::query_scalar("SELECT max(position) FROM task_events").fetch_one(tx.conn()).await?;
+    let (position,): (Option<i64>,) = tx.query(NEWEST).one().await?;
     Ok(position.unwrap_or(0))
 }
+
+const AFTER: Sql = Sql::new(
+    "SELECT e.position, e.task_id, e.sequence, e.frame
+     FROM task_events e JOIN tasks t ON t.id = e.task_id
+     WHERE e.position > $1 AND e.namespace = $2
+       AND ($3 IS NULL OR t.model = $3) AND ($4 IS NULL OR t.session_id = $4)
+       AND NOT EXISTS (
+         SELECT 1 FROM json_each($5) wanted
+         WHERE NOT EXISTS (SELECT 1 FROM json_each(t.labels) have
+                           WHERE have.key = wanted.key AND have.value = wanted.value))
+     ORDER BY e.position LIMIT $6",
+);
 
 /// A namespace's entries above a position, in the order of their commits, with the highest
 /// position that was looked at.
@@ -90,26 +102,15 @@ pub async fn after(
     filter: &Filter,
     limit: u32,
 ) -> Result<Vec<Event>> {
-    let rows: Vec<(i64, String, i64, Vec<u8>)> = sqlx::query_as(
-        "SELECT e.position, e.task_id, e.sequence, e.frame
-         FROM task_events e JOIN tasks t ON t.id = e.task_id
-         WHERE e.position > $1 AND e.namespace = $2
-           AND ($3 IS NULL OR t.model = $3) AND ($4 IS NULL OR t.session_id = $4)
-           AND NOT EXISTS (
-             SELECT 1 FROM json_each($5) wanted
-             WHERE NOT EXISTS (SELECT 1 FROM json_each(t.labels) have
-                               WHERE have.key = wanted.key AND have.value = wanted.value))
-         ORDER BY e.position LIMIT $6",
-    )
-    .bind(position)
-    .bind(namespace.as_str().to_owned())
-    .bind(filter.model.clone())
-    .bind(filter.session.clone())
-    .bind(filter.labels.clone())
-    .bind(limit)
-    .fetch_all(tx.conn())
-    .await?;
-    rows.into_iter().map(event).collect()
+    tx.query(AFTER)
+        .bind(position)
+        .bind(namespace)
+        .bind(filter.model.as_ref())
+        .bind(filter.session.as_ref())
+        .bind(Json(filter.labels.clone()))
+        .bind(limit)
+        .all()
+        .await
 }
 
 /// Which tasks a watcher follows.
@@ -123,7 +124,21 @@ pub struct Filter {
     pub labels: String,
 }
 
-fn event((position, task, sequence, frame): (i64, String, i64, Vec<u8>)) -> Result<Event> {
-    let task = task.parse().map_err(crate::error::Error::internal)?;
-    Ok(Event { position, task, sequence: sequence as u64, frame: frame.into() })
+impl FromRow for Event {
+    fn from_row(row: &Row) -> Result<Self> {
+        Ok(Self {
+            position: row.get(0)?,
+            task: row.get(1)?,
+            sequence: row.get::<i64>(2)? as u64,
+            frame: row.get(3)?,
+        })
+    }
 }
+
+/// Statements of this file.
+pub const STATEMENTS: &[Statement] = &[
+    Statement::Rows(&APPEND),
+    Statement::Query(LIST),
+    Statement::Query(NEWEST),
+    Statement::Query(AFTER),
+];

@@ -12,7 +12,7 @@ mod store;
 pub use keyring::{Access, Keyring};
 pub use service::Service;
 pub use signer::{Claims, Grant, Receipts, Signer, TokenKind};
-pub use store::Key;
+pub use store::{Key, STATEMENTS};
 
 use crate::{
     error::{Error, Kind, Reason, Result},

@@ -1,11 +1,9 @@
 //! SQL of the tables `api_keys` and `settings`.
 
-use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
-
 use super::{Scope, Scopes};
 use crate::{
     clock::Micros,
-    db::Tx,
+    db::{FromRow, Row, Sql, Statement, Tx},
     error::{Error, Result},
     id::Namespace,
 };
@@ -33,32 +31,34 @@ pub struct Key {
     pub last_used_time: Option<Micros>,
 }
 
-impl FromRow<'_, SqliteRow> for Key {
-    fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
+macro_rules! columns {
+    () => {
+        "id, namespace, display_name, secret_hash, scopes, create_time, expire_time, \
+         revoke_time, last_used_time"
+    };
+}
+
+impl FromRow for Key {
+    fn from_row(row: &Row) -> Result<Self> {
         Ok(Self {
-            id: row.try_get("id")?,
-            namespace: row.try_get::<String, _>("namespace")?.into(),
-            display_name: row.try_get("display_name")?,
-            secret_hash: row.try_get("secret_hash")?,
-            scopes: read_scopes(row.try_get("scopes")?)?,
-            create_time: row.try_get("create_time")?,
-            expire_time: row.try_get("expire_time")?,
-            revoke_time: row.try_get("revoke_time")?,
-            last_used_time: row.try_get("last_used_time")?,
+            id: row.get(0)?,
+            namespace: row.get(1)?,
+            display_name: row.get(2)?,
+            secret_hash: row.get(3)?,
+            scopes: read_scopes(&row.json::<Vec<String>>(4)?)?,
+            create_time: row.get(5)?,
+            expire_time: row.get(6)?,
+            revoke_time: row.get(7)?,
+            last_used_time: row.get(8)?,
         })
     }
 }
 
-fn read_scopes(text: &str) -> Result<Scopes, sqlx::Error> {
-    let wrong = |error: Box<dyn std::error::Error + Send + Sync>| sqlx::Error::ColumnDecode {
-        index: "scopes".into(),
-        source: error,
+fn read_scopes(names: &[String]) -> Result<Scopes> {
+    let scope = |name: &String| {
+        Scope::find(name).ok_or_else(|| Error::internal(format!("no scope `{name}`")))
     };
-    let names: Vec<String> = serde_json::from_str(text).map_err(|error| wrong(error.into()))?;
-    names
-        .iter()
-        .map(|name| Scope::find(name).ok_or_else(|| wrong(format!("no scope `{name}`").into())))
-        .collect()
+    names.iter().map(scope).collect()
 }
 
 fn scopes_text(scopes: Scopes) -> String {
@@ -66,32 +66,32 @@ fn scopes_text(scopes: Scopes) -> String {
     format!("[{}]", names.join(","))
 }
 
+const INSERT: Sql = Sql::new(
+    "INSERT INTO api_keys (id, namespace, display_name, secret_hash, scopes, create_time,
+     expire_time) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+);
+
 /// Adds a key.
 pub async fn insert(tx: &mut Tx, key: &Key) -> Result<()> {
-    sqlx::query(
-        "INSERT INTO api_keys (id, namespace, display_name, secret_hash, scopes, create_time,
-         expire_time) VALUES ($1, $2, $3, $4, $5, $6, $7)",
-    )
-    .bind(&key.id)
-    .bind(key.namespace.as_str())
-    .bind(&key.display_name)
-    .bind(&key.secret_hash)
-    .bind(scopes_text(key.scopes))
-    .bind(key.create_time)
-    .bind(key.expire_time)
-    .execute(tx.conn())
-    .await?;
-    Ok(())
+    let insert = tx.query(INSERT).bind(&key.id).bind(&key.namespace).bind(&key.display_name);
+    let insert = insert.bind(&key.secret_hash[..]).bind(scopes_text(key.scopes));
+    insert.bind(key.create_time).bind(key.expire_time).run().await.map(drop)
 }
+
+const FIND: Sql = Sql::new(concat!("SELECT ", columns!(), " FROM api_keys WHERE id = $1"));
 
 /// The key of that id, in any namespace: for authentication only.
 pub async fn find(tx: &mut Tx, id: &str) -> Result<Option<Key>> {
-    let key = sqlx::query_as("SELECT * FROM api_keys WHERE id = $1")
-        .bind(id)
-        .fetch_optional(tx.conn())
-        .await?;
-    Ok(key)
+    tx.query(FIND).bind(id).first().await
 }
+
+const LIST: Sql = Sql::new(concat!(
+    "SELECT ",
+    columns!(),
+    " FROM api_keys
+     WHERE ($1 IS NULL OR namespace = $1) AND (create_time, id) < ($2, $3)
+     ORDER BY create_time DESC, id DESC LIMIT $4"
+));
 
 /// Keys from `before` on, newest first; of one namespace, or of all.
 pub async fn list(
@@ -101,19 +101,14 @@ pub async fn list(
     limit: u32,
 ) -> Result<Vec<Key>> {
     let (time, id) = before.unwrap_or((Micros(i64::MAX), String::new()));
-    let keys = sqlx::query_as(
-        "SELECT * FROM api_keys
-         WHERE ($1 IS NULL OR namespace = $1) AND (create_time, id) < ($2, $3)
-         ORDER BY create_time DESC, id DESC LIMIT $4",
-    )
-    .bind(namespace.map(Namespace::as_str))
-    .bind(time)
-    .bind(id)
-    .bind(limit)
-    .fetch_all(tx.conn())
-    .await?;
-    Ok(keys)
+    tx.query(LIST).bind(namespace).bind(time).bind(id).bind(limit).all().await
 }
+
+const REVOKE: Sql = Sql::new(concat!(
+    "UPDATE api_keys SET revoke_time = COALESCE(revoke_time, $3)
+     WHERE id = $1 AND ($2 IS NULL OR namespace = $2) RETURNING ",
+    columns!()
+));
 
 /// Revokes a key for good and returns it; one that was revoked before keeps its time.
 pub async fn revoke(
@@ -122,53 +117,53 @@ pub async fn revoke(
     id: &str,
     now: Micros,
 ) -> Result<Key> {
-    sqlx::query_as(
-        "UPDATE api_keys SET revoke_time = COALESCE(revoke_time, $3)
-         WHERE id = $1 AND ($2 IS NULL OR namespace = $2) RETURNING *",
-    )
-    .bind(id)
-    .bind(namespace.map(Namespace::as_str))
-    .bind(now)
-    .fetch_optional(tx.conn())
-    .await?
-    .ok_or_else(|| Error::not_found("key", id))
+    let revoked = tx.query(REVOKE).bind(id).bind(namespace).bind(now).first().await?;
+    revoked.ok_or_else(|| Error::not_found("key", id))
 }
+
+const REVOKED_SINCE: Sql = Sql::new("SELECT id FROM api_keys WHERE revoke_time >= $1");
 
 /// Ids of keys revoked since `since`.
 pub async fn revoked_since(tx: &mut Tx, since: Micros) -> Result<Vec<String>> {
-    let ids = sqlx::query_scalar("SELECT id FROM api_keys WHERE revoke_time >= $1")
-        .bind(since)
-        .fetch_all(tx.conn())
-        .await?;
-    Ok(ids)
+    let ids: Vec<(String,)> = tx.query(REVOKED_SINCE).bind(since).all().await?;
+    Ok(ids.into_iter().map(|(id,)| id).collect())
 }
+
+const TOUCH: Sql = Sql::new("UPDATE api_keys SET last_used_time = $2 WHERE id = $1");
 
 /// Notes when a key was used last.
 pub async fn touch(tx: &mut Tx, id: &str, used: Micros) -> Result<()> {
-    sqlx::query("UPDATE api_keys SET last_used_time = $2 WHERE id = $1")
-        .bind(id)
-        .bind(used)
-        .execute(tx.conn())
-        .await?;
-    Ok(())
+    tx.query(TOUCH).bind(id).bind(used).run().await.map(drop)
 }
+
+const COUNT: Sql = Sql::new("SELECT COUNT(*) FROM api_keys");
 
 /// Whether no key was ever made.
 pub async fn is_empty(tx: &mut Tx) -> Result<bool> {
-    let n: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM api_keys").fetch_one(tx.conn()).await?;
+    let (n,): (i64,) = tx.query(COUNT).one().await?;
     Ok(n == 0)
 }
 
+const PUT_SETTING: Sql =
+    Sql::new("INSERT INTO settings (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING");
+const SETTING: Sql = Sql::new("SELECT value FROM settings WHERE name = $1");
+
 /// The value of a setting, put there first if it is missing.
 pub async fn setting(tx: &mut Tx, name: &str, initial: &[u8]) -> Result<Vec<u8>> {
-    sqlx::query("INSERT INTO settings (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING")
-        .bind(name)
-        .bind(initial)
-        .execute(tx.conn())
-        .await?;
-    let value = sqlx::query_scalar("SELECT value FROM settings WHERE name = $1")
-        .bind(name)
-        .fetch_one(tx.conn())
-        .await?;
+    tx.query(PUT_SETTING).bind(name).bind(initial).run().await?;
+    let (value,) = tx.query(SETTING).bind(name).one().await?;
     Ok(value)
 }
+
+/// Statements of this file.
+pub const STATEMENTS: &[Statement] = &[
+    Statement::Query(INSERT),
+    Statement::Query(FIND),
+    Statement::Query(LIST),
+    Statement::Query(REVOKE),
+    Statement::Query(REVOKED_SINCE),
+    Statement::Query(TOUCH),
+    Statement::Query(COUNT),
+    Statement::Query(PUT_SETTING),
+    Statement::Query(SETTING),
+];

@@ -7,7 +7,7 @@ mod convert;
 mod service;
 mod store;
 
-pub use self::service::Service;
+pub use self::{service::Service, store::STATEMENTS};
 use crate::{db::Db, error::Result, queue::Queue};
 
 /// Tells the queue which of its parts are paused. Before it hears of any task.

@@ -1,8 +1,11 @@
 //! Pauses as rows.
 
-use sqlx::FromRow;
-
-use crate::{clock::Micros, db::Tx, error::Result, id::Namespace, queue::Pause};
+use crate::{
+    db::{FromRow, Row, Sql, Statement, Tx},
+    error::Result,
+    id::Namespace,
+    queue::Pause,
+};
 
 /// A paused queue.
 pub struct Paused {
@@ -14,54 +17,45 @@ pub struct Paused {
     pub pause: Pause,
 }
 
-#[derive(FromRow)]
-struct PauseRow {
-    namespace: String,
-    model: String,
-    paused_by: String,
-    reason: String,
-    pause_time: Micros,
+impl FromRow for Paused {
+    fn from_row(row: &Row) -> Result<Self> {
+        Ok(Self {
+            namespace: row.get(0)?,
+            model: row.get(1)?,
+            pause: Pause { by: row.get(2)?, reason: row.get(3)?, time: row.get(4)? },
+        })
+    }
 }
+
+const LIST: Sql =
+    Sql::new("SELECT namespace, model, paused_by, reason, pause_time FROM queue_pauses");
 
 /// All pauses of all namespaces.
 pub async fn list(tx: &mut Tx) -> Result<Vec<Paused>> {
-    let rows: Vec<PauseRow> =
-        sqlx::query_as("SELECT namespace, model, paused_by, reason, pause_time FROM queue_pauses")
-            .fetch_all(tx.conn())
-            .await?;
-    let paused = |row: PauseRow| Paused {
-        namespace: row.namespace.into(),
-        model: row.model,
-        pause: Pause { by: row.paused_by, reason: row.reason, time: row.pause_time },
-    };
-    Ok(rows.into_iter().map(paused).collect())
+    tx.query(LIST).all().await
 }
+
+const PUT: Sql = Sql::new(
+    "INSERT INTO queue_pauses (namespace, model, paused_by, reason, pause_time)
+     VALUES ($1, $2, $3, $4, $5)
+     ON CONFLICT (namespace, model) DO UPDATE SET
+         paused_by = excluded.paused_by, reason = excluded.reason,
+         pause_time = excluded.pause_time",
+);
 
 /// Writes a pause, in place of an earlier one.
 pub async fn put(tx: &mut Tx, namespace: &Namespace, model: &str, pause: &Pause) -> Result<()> {
-    sqlx::query(
-        "INSERT INTO queue_pauses (namespace, model, paused_by, reason, pause_time)
-         VALUES ($1, $2, $3, $4, $5)
-         ON CONFLICT (namespace, model) DO UPDATE SET
-             paused_by = excluded.paused_by, reason = excluded.reason,
-             pause_time = excluded.pause_time",
-    )
-    .bind(namespace.as_str())
-    .bind(model)
-    .bind(&pause.by)
-    .bind(&pause.reason)
-    .bind(pause.time)
-    .execute(tx.conn())
-    .await?;
-    Ok(())
+    let put = tx.query(PUT).bind(namespace).bind(model);
+    put.bind(&pause.by).bind(&pause.reason).bind(pause.time).run().await.map(drop)
 }
+
+const DELETE: Sql = Sql::new("DELETE FROM queue_pauses WHERE namespace = $1 AND model = $2");
 
 /// Ends a pause, if there is one.
 pub async fn delete(tx: &mut Tx, namespace: &Namespace, model: &str) -> Result<()> {
-    sqlx::query("DELETE FROM queue_pauses WHERE namespace = $1 AND model = $2")
-        .bind(namespace.as_str())
-        .bind(model)
-        .execute(tx.conn())
-        .await?;
-    Ok(())
+    tx.query(DELETE).bind(namespace).bind(model).run().await.map(drop)
 }
+
+/// Statements of this file.
+pub const STATEMENTS: &[Statement] =
+    &[Statement::Query(LIST), Statement::Query(PUT), Statement::Query(DELETE)];

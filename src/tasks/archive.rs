@@ -100,9 +100,9 @@ impl Archiver {
             place.blob = blob;
         }
         let n_tasks = places.len();
-        let write =
-            self.db.write(|tx| Box::pin(async move { transcripts::archive(tx, &places).await }));
-        write.await?;
+        let mut script = self.db.script();
+        transcripts::archive(&mut script, &places)?;
+        self.db.write(|tx| Box::pin(script.run(tx))).await?;
         Ok(n_tasks)
     }
 

@@ -1,18 +1,19 @@
 //! SQL of the tables `artifacts`, `artifact_inputs` and `artifact_usage`. Reads of `tasks` whether
 //! an attempt runs and whether a task is there, within the transaction that depends on it.
+//!
+//! What a write depends on it holds: where others write at the same time, a statement locks the
+//! row, and those after it see what was committed until then.
 
 pub mod stored;
 pub mod uploads;
 
 use std::time::Duration;
 
-use sqlx::{FromRow, Row as _, sqlite::SqliteRow};
-
 use super::model::{Artifact, Origin};
 use crate::{
-    blob::{Digest, Key},
+    blob::Key,
     clock::Micros,
-    db::Tx,
+    db::{FromRow, Row, Sql, Statement, Tx},
     error::{Error, Result},
     id::{ArtifactId, Namespace, TaskId},
 };
@@ -20,112 +21,78 @@ use crate::{
 /// A reference to a task that was never accepted counts this long.
 const UNACCEPTED: Duration = Duration::from_hours(1);
 
-/// Reads a text as whatever it says.
-fn parse<T>(row: &SqliteRow, column: &str) -> Result<T, sqlx::Error>
-where
-    T: std::str::FromStr,
-    T::Err: std::error::Error + Send + Sync + 'static,
-{
-    row.try_get::<&str, _>(column)?.parse().map_err(|source| sqlx::Error::ColumnDecode {
-        index: column.into(),
-        source: Box::new(source),
-    })
-}
-
-fn parse_optional<T>(row: &SqliteRow, column: &str) -> Result<Option<T>, sqlx::Error>
-where
-    T: std::str::FromStr,
-    T::Err: std::error::Error + Send + Sync + 'static,
-{
-    match row.try_get::<Option<&str>, _>(column)? {
-        Some(_) => parse(row, column).map(Some),
-        None => Ok(None),
-    }
-}
-
-fn size(row: &SqliteRow, column: &str) -> Result<u64, sqlx::Error> {
-    Ok(u64::try_from(row.try_get::<i64, _>(column)?).unwrap_or(0))
-}
-
-fn origin(row: &SqliteRow) -> Result<Origin, sqlx::Error> {
-    let attempt: u32 = row.try_get("attempt")?;
-    let task = parse_optional(row, "task_id")?;
-    Ok(Origin { by: row.try_get("created_by")?, attempt: task.map(|task| (task, attempt)) })
-}
-
 /// A number of bytes as a column holds it.
 fn int(size: u64) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)
 }
 
-impl FromRow<'_, SqliteRow> for Artifact {
-    fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
+/// Who made it: the task, the attempt, and the credential's name, in that order.
+fn origin(row: &Row, first: usize) -> Result<Origin> {
+    let (task, attempt): (Option<TaskId>, u32) = (row.get(first)?, row.get(first + 1)?);
+    Ok(Origin { by: row.get(first + 2)?, attempt: task.map(|task| (task, attempt)) })
+}
+
+macro_rules! columns {
+    () => {
+        "id, namespace, name, type, mime_type, size_bytes, sha256, task_id, attempt, created_by, \
+         create_time, expire_time"
+    };
+}
+
+impl FromRow for Artifact {
+    fn from_row(row: &Row) -> Result<Self> {
         Ok(Self {
-            id: parse(row, "id")?,
-            namespace: row.try_get::<String, _>("namespace")?.into(),
-            name: row.try_get("name")?,
-            mime_type: row.try_get("mime_type")?,
-            key: Key { kind: row.try_get("type")?, digest: parse::<Digest>(row, "sha256")? },
-            size: size(row, "size_bytes")?,
-            origin: origin(row)?,
-            create_time: row.try_get("create_time")?,
-            expire_time: row.try_get("expire_time")?,
+            id: row.get(0)?,
+            namespace: row.get(1)?,
+            name: row.get(2)?,
+            mime_type: row.get(4)?,
+            key: Key { kind: row.get(3)?, digest: row.parse(6)? },
+            size: row.get(5)?,
+            origin: origin(row, 7)?,
+            create_time: row.get(10)?,
+            expire_time: row.get(11)?,
         })
     }
 }
 
+const INSERT: Sql = Sql::new(concat!(
+    "INSERT INTO artifacts (",
+    columns!(),
+    ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+));
+const ADD_USAGE: Sql = Sql::new(
+    "INSERT INTO artifact_usage (namespace, artifacts, bytes) VALUES ($1, 1, $2)
+     ON CONFLICT (namespace) DO UPDATE
+     SET artifacts = artifact_usage.artifacts + 1, bytes = artifact_usage.bytes + excluded.bytes",
+);
+
 /// Adds an artifact; its bytes must be kept already, see [`stored::touch`].
 pub async fn insert(tx: &mut Tx, artifact: &Artifact) -> Result<()> {
     let (task, attempt) = artifact.origin.attempt.unzip();
-    sqlx::query(
-        "INSERT INTO artifacts (id, namespace, name, type, mime_type, size_bytes, sha256, task_id,
-         attempt, created_by, create_time, expire_time)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
-    )
-    .bind(artifact.id.to_string())
-    .bind(artifact.namespace.as_str())
-    .bind(&artifact.name)
-    .bind(&artifact.key.kind)
-    .bind(&artifact.mime_type)
-    .bind(int(artifact.size))
-    .bind(artifact.key.digest.to_string())
-    .bind(task.map(|task| task.to_string()))
-    .bind(attempt.unwrap_or(0))
-    .bind(&artifact.origin.by)
-    .bind(artifact.create_time)
-    .bind(artifact.expire_time)
-    .execute(tx.conn())
-    .await?;
-    sqlx::query(
-        "INSERT INTO artifact_usage (namespace, artifacts, bytes) VALUES ($1, 1, $2)
-         ON CONFLICT (namespace) DO UPDATE
-         SET artifacts = artifact_usage.artifacts + 1, bytes = artifact_usage.bytes + $2",
-    )
-    .bind(artifact.namespace.as_str())
-    .bind(int(artifact.size))
-    .execute(tx.conn())
-    .await?;
-    Ok(())
+    let insert = tx.query(INSERT).bind(artifact.id).bind(&artifact.namespace).bind(&artifact.name);
+    let insert = insert.bind(&artifact.key.kind).bind(&artifact.mime_type).bind(int(artifact.size));
+    let insert = insert.bind(artifact.key.digest.to_string()).bind(task).bind(attempt.unwrap_or(0));
+    let insert = insert.bind(&artifact.origin.by).bind(artifact.create_time);
+    insert.bind(artifact.expire_time).run().await?;
+    let add = tx.query(ADD_USAGE).bind(&artifact.namespace).bind(int(artifact.size));
+    add.run().await.map(drop)
 }
 
-/// Bytes that a namespace keeps.
-pub async fn usage(tx: &mut Tx, namespace: &Namespace) -> Result<u64> {
-    let bytes: Option<i64> =
-        sqlx::query_scalar("SELECT bytes FROM artifact_usage WHERE namespace = $1")
-            .bind(namespace.as_str())
-            .fetch_optional(tx.conn())
-            .await?;
-    Ok(bytes.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0))
+const USAGE: Sql = Sql::new("SELECT bytes FROM artifact_usage WHERE namespace = $1");
+
+/// Bytes that a namespace keeps, and no other transaction adds any until this one ends.
+pub async fn hold_usage(tx: &mut Tx, namespace: &Namespace) -> Result<u64> {
+    let bytes: Option<(u64,)> = tx.query(USAGE).bind(namespace).first().await?;
+    Ok(bytes.map_or(0, |(bytes,)| bytes))
 }
+
+const GET: Sql =
+    Sql::new(concat!("SELECT ", columns!(), " FROM artifacts WHERE id = $1 AND namespace = $2"));
 
 /// The artifact, which must be in the namespace, expired or not.
 pub async fn get_any(tx: &mut Tx, namespace: &Namespace, id: ArtifactId) -> Result<Artifact> {
-    sqlx::query_as("SELECT * FROM artifacts WHERE id = $1 AND namespace = $2")
-        .bind(id.to_string())
-        .bind(namespace.as_str())
-        .fetch_optional(tx.conn())
-        .await?
-        .ok_or_else(|| Error::not_found("artifact", id))
+    let found = tx.query(GET).bind(id).bind(namespace).first().await?;
+    found.ok_or_else(|| Error::not_found("artifact", id))
 }
 
 /// The artifact, which must be in the namespace and not have expired.
@@ -142,16 +109,13 @@ pub async fn get(
     }
 }
 
+const HAS_BYTES: Sql =
+    Sql::new("SELECT COUNT(*) FROM artifacts WHERE type = $1 AND sha256 = $2 AND namespace = $3");
+
 /// Whether the namespace has an artifact with these bytes.
 pub async fn has_bytes(tx: &mut Tx, namespace: &Namespace, key: &Key) -> Result<bool> {
-    let n: i64 = sqlx::query_scalar(
-        "SELECT COUNT(*) FROM artifacts WHERE type = $1 AND sha256 = $2 AND namespace = $3",
-    )
-    .bind(&key.kind)
-    .bind(key.digest.to_string())
-    .bind(namespace.as_str())
-    .fetch_one(tx.conn())
-    .await?;
+    let count = tx.query(HAS_BYTES).bind(&key.kind).bind(key.digest.to_string()).bind(namespace);
+    let (n,): (i64,) = count.one().await?;
     Ok(n > 0)
 }
 
@@ -166,142 +130,195 @@ pub struct Filter {
     pub name: Option<String>,
 }
 
+const LIST: Sql = Sql::new(concat!(
+    "SELECT ",
+    columns!(),
+    " FROM artifacts WHERE namespace = $1 AND id < $2
+     AND (task_id = $3 OR $3 IS NULL) AND (type = $4 OR $4 IS NULL)
+     AND (name = $5 OR $5 IS NULL) AND (expire_time IS NULL OR expire_time > $6)
+     ORDER BY id DESC LIMIT $7"
+));
+
 /// Artifacts of a namespace, newest first, older than `cursor`.
 pub async fn list(
     tx: &mut Tx,
     namespace: &Namespace,
     filter: &Filter,
-    cursor: Option<&str>,
+    cursor: Option<ArtifactId>,
     limit: u32,
     now: Micros,
 ) -> Result<Vec<Artifact>> {
-    let artifacts = sqlx::query_as(
-        "SELECT * FROM artifacts WHERE namespace = $1 AND id < $2
-         AND ($3 IS NULL OR task_id = $3) AND ($4 IS NULL OR type = $4)
-         AND ($5 IS NULL OR name = $5) AND (expire_time IS NULL OR expire_time > $6)
-         ORDER BY id DESC LIMIT $7",
-    )
-    .bind(namespace.as_str())
-    // Above every id.
-    .bind(cursor.unwrap_or("g"))
-    .bind(filter.task.map(|task| task.to_string()))
-    .bind(&filter.kind)
-    .bind(&filter.name)
-    .bind(now)
-    .bind(limit)
-    .fetch_all(tx.conn())
-    .await?;
-    Ok(artifacts)
+    let list = tx.query(LIST).bind(namespace).bind(cursor.unwrap_or(ArtifactId::MAX));
+    let list = list.bind(filter.task).bind(filter.kind.clone()).bind(filter.name.clone());
+    list.bind(now).bind(limit).all().await
 }
 
-/// Deletes an artifact; says whether it was there.
-pub async fn delete(tx: &mut Tx, id: ArtifactId) -> Result<bool> {
-    let gone: Option<(String, i64)> =
-        sqlx::query_as("DELETE FROM artifacts WHERE id = $1 RETURNING namespace, size_bytes")
-            .bind(id.to_string())
-            .fetch_optional(tx.conn())
-            .await?;
+/// What a task reads that has not ended, or is about to be accepted.
+macro_rules! read_by {
+    ($artifact:literal, $unaccepted:literal) => {
+        concat!(
+            "FROM artifact_inputs i LEFT JOIN tasks t ON t.id = i.task_id
+             WHERE i.artifact_id = ",
+            $artifact,
+            " AND (t.state IN ('QUEUED', 'RUNNING') OR (t.id IS NULL AND i.create_time > ",
+            $unaccepted,
+            "))"
+        )
+    };
+}
+
+const HOLD: Sql = Sql::new("SELECT id FROM artifacts WHERE id = $1");
+const DELETE: Sql = Sql::new(concat!(
+    "DELETE FROM artifacts WHERE id = $1 AND NOT EXISTS (SELECT 1 ",
+    read_by!("artifacts.id", "$2"),
+    ") RETURNING namespace, size_bytes"
+));
+const SUBTRACT_USAGE: Sql = Sql::new(
+    "UPDATE artifact_usage SET artifacts = artifacts - 1, bytes = bytes - $2 WHERE namespace = $1",
+);
+const FORGET_INPUTS: Sql = Sql::new("DELETE FROM artifact_inputs WHERE artifact_id = $1");
+
+/// Deletes an artifact, unless it is gone or a task reads it that has not ended; says whether it
+/// did.
+pub async fn delete(tx: &mut Tx, id: ArtifactId, now: Micros) -> Result<bool> {
+    // Whoever is about to read it has said so when it is held, and the next statement sees it.
+    let held: Option<(ArtifactId,)> = tx.query(HOLD).bind(id).first().await?;
+    if held.is_none() {
+        return Ok(false);
+    }
+    let delete = tx.query(DELETE).bind(id).bind(now - UNACCEPTED);
+    let gone: Option<(Namespace, i64)> = delete.first().await?;
     let Some((namespace, bytes)) = gone else { return Ok(false) };
-    sqlx::query(
-        "UPDATE artifact_usage SET artifacts = artifacts - 1, bytes = bytes - $2
-         WHERE namespace = $1",
-    )
-    .bind(namespace)
-    .bind(bytes)
-    .execute(tx.conn())
-    .await?;
-    sqlx::query("DELETE FROM artifact_inputs WHERE artifact_id = $1")
-        .bind(id.to_string())
-        .execute(tx.conn())
-        .await?;
+    tx.query(SUBTRACT_USAGE).bind(&namespace).bind(bytes).run().await?;
+    tx.query(FORGET_INPUTS).bind(id).run().await?;
     Ok(true)
 }
 
-/// Whether that attempt holds its lease.
-pub async fn runs(tx: &mut Tx, namespace: &Namespace, task: TaskId, attempt: u32) -> Result<bool> {
-    let n: i64 = sqlx::query_scalar(
-        "SELECT COUNT(*) FROM tasks
-         WHERE id = $1 AND namespace = $2 AND attempt = $3 AND state = 'RUNNING'",
-    )
-    .bind(task.to_string())
-    .bind(namespace.as_str())
-    .bind(attempt)
-    .fetch_one(tx.conn())
-    .await?;
-    Ok(n > 0)
+const RUNS: Sql = Sql::new(
+    "SELECT id FROM tasks WHERE id = $1 AND namespace = $2 AND attempt = $3 AND state = 'RUNNING'",
+);
+const HOLD_LEASE: Sql = RUNS;
+
+/// What a transaction does with a lease that it found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    /// It looks.
+    Seen,
+    /// It writes what counts only under the lease, which does not end before it does.
+    Held,
 }
 
-/// Notes that a task which is about to be accepted reads an artifact.
-pub async fn refer(tx: &mut Tx, id: ArtifactId, task: TaskId, now: Micros) -> Result<()> {
-    sqlx::query(
-        "INSERT INTO artifact_inputs (artifact_id, task_id, create_time) VALUES ($1, $2, $3)
-         ON CONFLICT (artifact_id, task_id) DO NOTHING",
-    )
-    .bind(id.to_string())
-    .bind(task.to_string())
-    .bind(now)
-    .execute(tx.conn())
-    .await?;
-    Ok(())
+/// Whether that attempt holds its lease.
+pub async fn runs(
+    tx: &mut Tx,
+    namespace: &Namespace,
+    (task, attempt): (TaskId, u32),
+    lease: Lease,
+) -> Result<bool> {
+    let sql = if lease == Lease::Held { HOLD_LEASE } else { RUNS };
+    let found = tx.query(sql).bind(task).bind(namespace).bind(attempt).first::<(TaskId,)>();
+    Ok(found.await?.is_some())
 }
+
+const HOLD_INPUT: Sql = Sql::new(
+    "SELECT id FROM artifacts
+     WHERE id = $1 AND namespace = $2 AND (expire_time IS NULL OR expire_time > $3)",
+);
+const REFER: Sql = Sql::new(
+    "INSERT INTO artifact_inputs (artifact_id, task_id, create_time) VALUES ($1, $2, $3)
+     ON CONFLICT (artifact_id, task_id) DO NOTHING",
+);
+
+/// Notes that a task which is about to be accepted reads an artifact, which must be in the namespace
+/// and not have expired.
+pub async fn refer(
+    tx: &mut Tx,
+    namespace: &Namespace,
+    id: ArtifactId,
+    task: TaskId,
+    now: Micros,
+) -> Result<()> {
+    let hold = tx.query(HOLD_INPUT).bind(id).bind(namespace).bind(now);
+    let held: Option<(ArtifactId,)> = hold.first().await?;
+    if held.is_none() {
+        return Err(Error::not_found("artifact", id));
+    }
+    tx.query(REFER).bind(id).bind(task).bind(now).run().await.map(drop)
+}
+
+const READS: Sql =
+    Sql::new("SELECT COUNT(*) FROM artifact_inputs WHERE artifact_id = $1 AND task_id = $2");
 
 /// Whether the task reads the artifact.
 pub async fn reads(tx: &mut Tx, id: ArtifactId, task: TaskId) -> Result<bool> {
-    let n: i64 = sqlx::query_scalar(
-        "SELECT COUNT(*) FROM artifact_inputs WHERE artifact_id = $1 AND task_id = $2",
-    )
-    .bind(id.to_string())
-    .bind(task.to_string())
-    .fetch_one(tx.conn())
-    .await?;
+    let (n,): (i64,) = tx.query(READS).bind(id).bind(task).one().await?;
     Ok(n > 0)
 }
 
+const READER: Sql = Sql::new(concat!("SELECT i.task_id ", read_by!("$1", "$2"), " LIMIT 1"));
+
 /// A task that reads the artifact and has not ended, or is about to be accepted.
-pub async fn reader(tx: &mut Tx, id: ArtifactId, now: Micros) -> Result<Option<String>> {
-    let task = sqlx::query_scalar(
-        "SELECT i.task_id FROM artifact_inputs i LEFT JOIN tasks t ON t.id = i.task_id
-         WHERE i.artifact_id = $1
-         AND (t.state IN ('QUEUED', 'RUNNING') OR (t.id IS NULL AND i.create_time > $2)) LIMIT 1",
-    )
-    .bind(id.to_string())
-    .bind(now - UNACCEPTED)
-    .fetch_optional(tx.conn())
-    .await?;
-    Ok(task)
+pub async fn reader(tx: &mut Tx, id: ArtifactId, now: Micros) -> Result<Option<TaskId>> {
+    let task: Option<(TaskId,)> = tx.query(READER).bind(id).bind(now - UNACCEPTED).first().await?;
+    Ok(task.map(|(task,)| task))
 }
+
+macro_rules! condemned {
+    () => {
+        concat!(
+            "SELECT a.id, a.namespace FROM artifacts a
+             WHERE (a.expire_time <= $1 OR (a.task_id IS NOT NULL
+                 AND NOT EXISTS (SELECT 1 FROM tasks m WHERE m.id = a.task_id)))
+             AND NOT EXISTS (SELECT 1 ",
+            read_by!("a.id", "$2"),
+            ") LIMIT $3"
+        )
+    };
+}
+
+const CONDEMNED: Sql = Sql::new(condemned!());
 
 /// Artifacts that nothing keeps: expired, or made by a task that is gone. None that a task reads
 /// which has not ended.
 pub async fn condemned(tx: &mut Tx, now: Micros, limit: u32) -> Result<Vec<ArtifactId>> {
-    let ids: Vec<String> = sqlx::query_scalar(
-        "SELECT a.id FROM artifacts a
-         WHERE (a.expire_time <= $1 OR (a.task_id IS NOT NULL
-             AND NOT EXISTS (SELECT 1 FROM tasks t WHERE t.id = a.task_id)))
-         AND NOT EXISTS (SELECT 1 FROM artifact_inputs i LEFT JOIN tasks t ON t.id = i.task_id
-             WHERE i.artifact_id = a.id
-             AND (t.state IN ('QUEUED', 'RUNNING') OR (t.id IS NULL AND i.create_time > $2)))
-         LIMIT $3",
-    )
-    .bind(now)
-    .bind(now - UNACCEPTED)
-    .bind(limit)
-    .fetch_all(tx.conn())
-    .await?;
-    Ok(ids.iter().filter_map(|id| id.parse().ok()).collect())
+    let find = tx.query(CONDEMNED).bind(now).bind(now - UNACCEPTED).bind(limit);
+    let mut found: Vec<(ArtifactId, Namespace)> = find.all().await?;
+    // In one order for all: two collectors do not wait for each other.
+    found.sort_unstable_by(|(_, a), (_, b)| a.as_str().cmp(b.as_str()));
+    Ok(found.into_iter().map(|(id, _)| id).collect())
 }
+
+const FORGET_REFERENCES: Sql = Sql::new(
+    "DELETE FROM artifact_inputs WHERE create_time <= $1
+     AND NOT EXISTS (SELECT 1 FROM tasks t WHERE t.id = artifact_inputs.task_id)",
+);
 
 /// Forgets references of tasks that were never accepted or are gone.
 pub async fn forget_references(tx: &mut Tx, now: Micros) -> Result<()> {
-    sqlx::query(
-        "DELETE FROM artifact_inputs WHERE create_time <= $1
-         AND NOT EXISTS (SELECT 1 FROM tasks t WHERE t.id = artifact_inputs.task_id)",
-    )
-    .bind(now - UNACCEPTED)
-    .execute(tx.conn())
-    .await?;
-    Ok(())
+    tx.query(FORGET_REFERENCES).bind(now - UNACCEPTED).run().await.map(drop)
 }
+
+/// Statements of this file.
+pub const STATEMENTS: &[Statement] = &[
+    Statement::Query(INSERT),
+    Statement::Query(ADD_USAGE),
+    Statement::Query(USAGE),
+    Statement::Query(GET),
+    Statement::Query(HAS_BYTES),
+    Statement::Query(LIST),
+    Statement::Query(HOLD),
+    Statement::Query(DELETE),
+    Statement::Query(SUBTRACT_USAGE),
+    Statement::Query(FORGET_INPUTS),
+    Statement::Query(RUNS),
+    Statement::Query(HOLD_LEASE),
+    Statement::Query(HOLD_INPUT),
+    Statement::Query(REFER),
+    Statement::Query(READS),
+    Statement::Query(READER),
+    Statement::Query(CONDEMNED),
+    Statement::Query(FORGET_REFERENCES),
+];
 
 #[cfg(test)]
 pub(super) mod tests {
@@ -309,34 +326,28 @@ pub(super) mod tests {
 
     use super::*;
 
+    const INSERT_TASK: Sql = Sql::new(
+        "INSERT INTO tasks (id, namespace, model, input, params, priority, labels,
+         required_labels, execution_timeout, retry, seed, create_time, state, revision, attempt,
+         failed, lost, handed_back, base_sequence, last_sequence, reserved_sequence)
+         VALUES ($1, 'a', 'm/m', '{}', '{}', 0, '{}', '{}', 1, '{}', 1, 1, $2, 1, $3,
+         0, 0, 0, 0, 0, 0)",
+    );
+
     /// A task of namespace `a` in that state.
     pub async fn insert_task(tx: &mut Tx, task: TaskId, attempt: u32, state: &str) -> Result<()> {
-        sqlx::query(
-            "INSERT INTO tasks (id, namespace, model, input, params, priority, labels,
-             required_labels, execution_timeout, retry, seed, create_time, state, revision, attempt,
-             failed, lost, handed_back, base_sequence, last_sequence, reserved_sequence)
-             VALUES ($1, 'a', 'm/m', '{}', '{}', 0, '{}', '{}', 1, '{}', 1, 1, $2, 1, $3,
-             0, 0, 0, 0, 0, 0)",
-        )
-        .bind(task.to_string())
-        .bind(state)
-        .bind(attempt)
-        .execute(tx.conn())
-        .await?;
-        Ok(())
+        tx.query(INSERT_TASK).bind(task).bind(state).bind(attempt).run().await.map(drop)
     }
 
     /// The task ends.
     pub async fn end_task(tx: &mut Tx, task: TaskId) -> Result<()> {
-        let end = sqlx::query("UPDATE tasks SET state = 'SUCCEEDED' WHERE id = $1");
-        end.bind(task.to_string()).execute(tx.conn()).await?;
-        Ok(())
+        const END: Sql = Sql::new("UPDATE tasks SET state = 'SUCCEEDED' WHERE id = $1");
+        tx.query(END).bind(task).run().await.map(drop)
     }
 
     /// The task is deleted.
     pub async fn delete_task(tx: &mut Tx, task: TaskId) -> Result<()> {
-        let delete = sqlx::query("DELETE FROM tasks WHERE id = $1");
-        delete.bind(task.to_string()).execute(tx.conn()).await?;
-        Ok(())
+        const DELETE: Sql = Sql::new("DELETE FROM tasks WHERE id = $1");
+        tx.query(DELETE).bind(task).run().await.map(drop)
     }
 }

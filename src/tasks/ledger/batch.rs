@@ -403,7 +403,7 @@ impl Batch {
     }
 
     /// What writes everything.
-    pub(super) fn script(&self) -> Result<Script> {
+    pub(super) fn script(&self, mut script: Script) -> Result<Script> {
         let mut new = Vec::new();
         let mut moved = Vec::new();
         let mut deleted = Vec::new();
@@ -417,17 +417,14 @@ impl Batch {
         }
         // Ids ascend with creation, and so do the pages of the index.
         new.sort_unstable_by_key(|task| task.id);
-        let mut script = Script::default();
         store::insert(&mut script, &new)?;
         store::update(&mut script, &moved)?;
         store::reserve(&mut script, &self.reservations)?;
-        store::link_retries(&mut script, &self.retries);
+        store::link_retries(&mut script, &self.retries)?;
         store::insert_requests(&mut script, &self.requests)?;
         store::insert_segments(&mut script, &self.segments)?;
         events::append(&mut script, &self.events)?;
-        for id in deleted {
-            store::delete(&mut script, id);
-        }
+        store::delete(&mut script, &deleted)?;
         Ok(script)
     }
 }

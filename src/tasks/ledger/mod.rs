@@ -237,7 +237,7 @@ impl Ledger {
 
 /// The task that a submit at `now` would make, for an estimate.
 pub fn prospect(new: &NewTask, now: Micros) -> Task {
-    batch::new_task(new, TaskId(uuid::Uuid::max()), now)
+    batch::new_task(new, TaskId::MAX, now)
 }
 
 fn applied(answer: Answer) -> Option<Arc<Task>> {
@@ -301,7 +301,7 @@ impl Writer {
             if faults::planted(Fault::AckBeforeCommit) {
                 publish::answer(batch);
             }
-            batch.script()
+            batch.script(db.script())
         };
         let done = match script.await {
             Ok(script) => write.commit_with(script).await,

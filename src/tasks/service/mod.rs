@@ -268,12 +268,10 @@ impl TaskService for Service {
         let size = page::size(request.page_size, 50, 1000)?;
         let token = request.page_token.clone();
         let filter = checked::filter(request)?;
-        let cursor = page::cursor(&filter, &token)?;
+        let cursor = page::cursor(&filter, &token)?.and_then(|cursor| cursor.parse().ok());
         let (wanted, namespace) = (filter.clone(), caller.namespace);
         let read = self.parts.db.read(move |tx| {
-            Box::pin(
-                async move { reads::list(tx, &namespace, &wanted, cursor.as_deref(), size).await },
-            )
+            Box::pin(async move { reads::list(tx, &namespace, &wanted, cursor, size).await })
         });
         let tasks = read.await?;
         let next = tasks.last().filter(|_| tasks.len() == size as usize);

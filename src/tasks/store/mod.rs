@@ -5,11 +5,9 @@ pub mod transcripts;
 
 use std::time::Duration;
 
-use sqlx::{FromRow, Row, sqlite::SqliteRow};
-
 use crate::{
     clock::Micros,
-    db::{Bulk, Script, Tx, Values},
+    db::{Bulk, FromRow, Json, Row, Script, Sql, Statement, Tx, Type, Values},
     error::{Error, Result},
     faults::{self, Fault},
     id::{Namespace, TaskId},
@@ -33,164 +31,137 @@ pub(super) use columns;
 /// A row of the table, in the order of `columns!`.
 pub(super) struct TaskRow(pub Task);
 
-impl FromRow<'_, SqliteRow> for TaskRow {
-    fn from_row(row: &SqliteRow) -> Result<Self, sqlx::Error> {
+impl FromRow for TaskRow {
+    fn from_row(row: &Row) -> Result<Self> {
         let micros = |duration: i64| Duration::from_micros(duration.unsigned_abs());
         let spec = Spec {
-            model: row.try_get(2)?,
-            version: row.try_get(3)?,
-            input: row.try_get(4)?,
-            params: row.try_get(5)?,
-            priority: row.try_get(6)?,
-            labels: json(row, 7)?,
-            required_labels: json(row, 8)?,
-            deadline: row.try_get(9)?,
-            start_timeout: row.try_get::<Option<i64>, _>(10)?.map(micros),
-            execution_timeout: micros(row.try_get(11)?),
-            retry: json(row, 12)?,
-            seed: row.try_get::<i64, _>(13)? as u64,
-            session: row.try_get(14)?,
+            model: row.get(2)?,
+            version: row.get(3)?,
+            input: row.get(4)?,
+            params: row.get(5)?,
+            priority: row.get(6)?,
+            labels: row.json(7)?,
+            required_labels: row.json(8)?,
+            deadline: row.get(9)?,
+            start_timeout: row.get::<Option<i64>>(10)?.map(micros),
+            execution_timeout: micros(row.get(11)?),
+            retry: row.json(12)?,
+            seed: row.get::<i64>(13)? as u64,
+            session: row.get(14)?,
         };
         Ok(Self(Task {
-            id: parsed(row, 0)?,
-            namespace: row.try_get::<String, _>(1)?.into(),
+            id: row.get(0)?,
+            namespace: row.get(1)?,
             spec,
-            request_id: row.try_get(15)?,
-            retry_of: optional_id(row, 16)?,
-            retried_by: optional_id(row, 17)?,
-            traceparent: row.try_get(18)?,
-            create_time: row.try_get(19)?,
-            state: parsed(row, 20)?,
-            revision: row.try_get::<i64, _>(21)? as u64,
-            attempt: row.try_get(22)?,
-            failed: row.try_get(23)?,
-            lost: row.try_get(24)?,
-            handed_back: row.try_get(25)?,
-            start_time: row.try_get(26)?,
-            end_time: row.try_get(27)?,
-            not_before: row.try_get(28)?,
-            runner: row.try_get::<Option<String>, _>(29)?.map(Into::into),
-            base_sequence: row.try_get::<i64, _>(30)? as u64,
-            last_sequence: row.try_get::<i64, _>(31)? as u64,
-            reserved_sequence: row.try_get::<i64, _>(32)? as u64,
-            result: row.try_get(33)?,
-            error: optional_json(row, 34)?,
-            usage: optional_json(row, 35)?,
+            request_id: row.get(15)?,
+            retry_of: row.get(16)?,
+            retried_by: row.get(17)?,
+            traceparent: row.get(18)?,
+            create_time: row.get(19)?,
+            state: row.parse(20)?,
+            revision: row.get::<i64>(21)? as u64,
+            attempt: row.get(22)?,
+            failed: row.get(23)?,
+            lost: row.get(24)?,
+            handed_back: row.get(25)?,
+            start_time: row.get(26)?,
+            end_time: row.get(27)?,
+            not_before: row.get(28)?,
+            runner: row.get::<Option<String>>(29)?.map(Into::into),
+            base_sequence: row.get::<i64>(30)? as u64,
+            last_sequence: row.get::<i64>(31)? as u64,
+            reserved_sequence: row.get::<i64>(32)? as u64,
+            result: row.get(33)?,
+            error: row.optional_json(34)?,
+            usage: row.optional_json(35)?,
         }))
     }
 }
 
-fn decode_error(
-    index: usize,
-    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-) -> sqlx::Error {
-    sqlx::Error::ColumnDecode { index: index.to_string(), source: source.into() }
-}
-
-fn parsed<T>(row: &SqliteRow, index: usize) -> Result<T, sqlx::Error>
-where
-    T: std::str::FromStr,
-    T::Err: std::error::Error + Send + Sync + 'static,
-{
-    row.try_get::<&str, _>(index)?.parse().map_err(|error: T::Err| decode_error(index, error))
-}
-
-fn optional_id(row: &SqliteRow, index: usize) -> Result<Option<TaskId>, sqlx::Error> {
-    let text: Option<&str> = row.try_get(index)?;
-    text.map(|text| text.parse().map_err(|error: uuid::Error| decode_error(index, error)))
-        .transpose()
-}
-
-fn json<T: serde::de::DeserializeOwned>(row: &SqliteRow, index: usize) -> Result<T, sqlx::Error> {
-    serde_json::from_str(row.try_get(index)?).map_err(|error| decode_error(index, error))
-}
-
-fn optional_json<T: serde::de::DeserializeOwned>(
-    row: &SqliteRow,
-    index: usize,
-) -> Result<Option<T>, sqlx::Error> {
-    let text: Option<&str> = row.try_get(index)?;
-    text.map(|text| serde_json::from_str(text).map_err(|error| decode_error(index, error)))
-        .transpose()
-}
-
-fn to_json<T: serde::Serialize>(value: &T) -> Result<String> {
-    serde_json::to_string(value).map_err(Error::internal)
-}
-
-/// JSON list of ids, for `IN (SELECT value FROM json_each(..))`.
-fn id_list(ids: &[TaskId]) -> Result<String> {
-    to_json(&ids)
-}
+const LOAD: Sql = Sql::new(concat!(
+    "SELECT ",
+    columns!(),
+    " FROM tasks WHERE id IN (SELECT value FROM json_each($1))"
+));
 
 /// The tasks with these ids, in no order; unknown ids are absent.
 pub async fn load(tx: &mut Tx, ids: &[TaskId]) -> Result<Vec<Task>> {
     if ids.is_empty() {
         return Ok(Vec::new());
     }
-    let rows: Vec<TaskRow> = sqlx::query_as(concat!(
-        "SELECT ",
-        columns!(),
-        " FROM tasks WHERE id IN (SELECT value FROM json_each($1))"
-    ))
-    .bind(id_list(ids)?)
-    .fetch_all(tx.conn())
-    .await?;
+    let rows: Vec<TaskRow> = tx.query(LOAD).bind(ids).all().await?;
     Ok(rows.into_iter().map(|row| row.0).collect())
 }
 
+const TASK_COLUMNS: &[Type] = {
+    use Type::{Id, Int, Json, Text};
+    &[
+        Id, Text, Text, Text, Json, Json, Int, Json, Json, Int, Int, Int, Json, Int, Text, Text,
+        Id, Id, Text, Int, Text, Int, Int, Int, Int, Int, Int, Int, Int, Text, Int, Int, Int, Json,
+        Json, Json,
+    ]
+};
+
+static INSERT: Bulk = Bulk::new(
+    concat!("WITH new (", columns!(), ") AS ("),
+    TASK_COLUMNS,
+    concat!(") INSERT INTO tasks (", columns!(), ") SELECT * FROM new WHERE id IS NOT NULL"),
+);
+
 /// Adds new tasks.
 pub fn insert(script: &mut Script, tasks: &[&Task]) -> Result<()> {
-    static INSERT: Bulk = Bulk::new(
-        concat!("INSERT INTO tasks (", columns!(), ") SELECT * FROM (VALUES "),
-        36,
-        ") WHERE column1 IS NOT NULL",
-    );
     script.add_rows(&INSERT, tasks, |row, task| {
         let spec = &task.spec;
-        row.bind(task.id.to_string())
-            .bind(task.namespace.as_str().to_owned())
+        row.bind(task.id)
+            .bind(&task.namespace)
             .bind(spec.model.clone())
             .bind(spec.version.clone())
-            .bind(spec.input.clone())
-            .bind(spec.params.clone())
+            .bind(Json(spec.input.clone()))
+            .bind(Json(spec.params.clone()))
             .bind(spec.priority)
-            .bind(to_json(&spec.labels)?)
-            .bind(to_json(&spec.required_labels)?)
+            .bind(Json::of(&spec.labels)?)
+            .bind(Json::of(&spec.required_labels)?)
             .bind(spec.deadline)
             .bind(spec.start_timeout.map(|timeout| timeout.as_micros() as i64))
             .bind(spec.execution_timeout.as_micros() as i64)
-            .bind(to_json(&spec.retry)?)
+            .bind(Json::of(&spec.retry)?)
             .bind(spec.seed as i64)
             .bind(spec.session.clone())
             .bind(task.request_id.clone())
-            .bind(task.retry_of.map(|id| id.to_string()))
-            .bind(task.retried_by.map(|id| id.to_string()))
+            .bind(task.retry_of)
+            .bind(task.retried_by)
             .bind(task.traceparent.clone())
             .bind(task.create_time);
         bind_moving(row, task)
     })
 }
 
+const MOVED_COLUMNS: &[Type] = {
+    use Type::{Id, Int, Json, Text};
+    &[Id, Int, Text, Int, Int, Int, Int, Int, Int, Int, Int, Text, Int, Int, Int, Json, Json, Json]
+};
+
+static UPDATE: Bulk = Bulk::new(
+    "WITH moved (id, was, state, revision, attempt, failed, lost, handed_back, start_time,
+                 end_time, not_before, runner_id, base_sequence, last_sequence,
+                 reserved_sequence, result, error, usage) AS (",
+    MOVED_COLUMNS,
+    ")
+     UPDATE tasks SET
+         state = m.state, revision = m.revision, attempt = m.attempt, failed = m.failed,
+         lost = m.lost, handed_back = m.handed_back, start_time = m.start_time,
+         end_time = m.end_time, not_before = m.not_before, runner_id = m.runner_id,
+         base_sequence = m.base_sequence, last_sequence = m.last_sequence,
+         reserved_sequence = CASE WHEN tasks.reserved_sequence > m.reserved_sequence
+                                  THEN tasks.reserved_sequence ELSE m.reserved_sequence END,
+         result = m.result, error = m.error, usage = m.usage
+     FROM moved m WHERE tasks.id = m.id AND tasks.revision = m.was",
+);
+
 /// Writes what moved. Each row must still be at the revision that the move was made from.
 pub fn update(script: &mut Script, tasks: &[(u64, &Task)]) -> Result<()> {
-    static UPDATE: Bulk = Bulk::new(
-        "WITH moved (id, was, state, revision, attempt, failed, lost, handed_back, start_time,
-                     end_time, not_before, runner_id, base_sequence, last_sequence,
-                     reserved_sequence, result, error, usage) AS (VALUES ",
-        18,
-        ")
-         UPDATE tasks SET
-             state = m.state, revision = m.revision, attempt = m.attempt, failed = m.failed,
-             lost = m.lost, handed_back = m.handed_back, start_time = m.start_time,
-             end_time = m.end_time, not_before = m.not_before, runner_id = m.runner_id,
-             base_sequence = m.base_sequence, last_sequence = m.last_sequence,
-             reserved_sequence = max(tasks.reserved_sequence, m.reserved_sequence),
-             result = m.result, error = m.error, usage = m.usage
-         FROM moved m WHERE tasks.id = m.id AND tasks.revision = m.was",
-    );
     script.add_rows_exactly(&UPDATE, tasks, |row, (was, task)| {
-        row.bind(task.id.to_string()).bind(*was as i64);
+        row.bind(task.id).bind(*was as i64);
         bind_moving(row, task)
     })
 }
@@ -210,35 +181,43 @@ fn bind_moving(row: &mut Values, task: &Task) -> Result<()> {
         .bind(task.base_sequence as i64)
         .bind(task.last_sequence as i64)
         .bind(task.reserved_sequence as i64)
-        .bind(task.result.clone())
-        .bind(task.error.as_ref().map(to_json).transpose()?)
-        .bind(task.usage.as_ref().map(to_json).transpose()?);
+        .bind(task.result.clone().map(Json))
+        .bind(task.error.as_ref().map(Json::of).transpose()?)
+        .bind(task.usage.as_ref().map(Json::of).transpose()?);
     Ok(())
 }
 
-/// Raises the reservations of running attempts, as (task, attempt, highest sequence).
+static RESERVE: Bulk = Bulk::new(
+    "WITH wanted (id, attempt, reserved) AS (",
+    &[Type::Id, Type::Int, Type::Int],
+    ")
+     UPDATE tasks SET reserved_sequence = w.reserved FROM wanted w
+     WHERE tasks.id = w.id AND tasks.attempt = w.attempt AND tasks.reserved_sequence < w.reserved",
+);
+
+/// Raises the reservations of running attempts, as (task, attempt, highest sequence); each
+/// task at most once.
 pub fn reserve(script: &mut Script, reservations: &[(TaskId, u32, u64)]) -> Result<()> {
-    static RESERVE: Bulk = Bulk::new(
-        "WITH wanted (id, attempt, reserved) AS (VALUES ",
-        3,
-        ")
-         UPDATE tasks SET reserved_sequence = max(tasks.reserved_sequence, w.reserved)
-         FROM wanted w WHERE tasks.id = w.id AND tasks.attempt = w.attempt",
-    );
     script.add_rows(&RESERVE, reservations, |row, (task, attempt, reserved)| {
-        row.bind(task.to_string()).bind(*attempt).bind(*reserved as i64);
+        row.bind(*task).bind(*attempt).bind(*reserved as i64);
         Ok(())
     })
 }
 
-/// Links ended tasks to the tasks that retry them, as (ended, new).
-pub fn link_retries(script: &mut Script, links: &[(TaskId, TaskId)]) {
-    for (ended, new) in links {
-        script
-            .add("UPDATE tasks SET retried_by = ?, revision = revision + 1 WHERE id = ?")
-            .bind(new.to_string())
-            .bind(ended.to_string());
-    }
+static LINK_RETRIES: Bulk = Bulk::new(
+    "WITH links (ended, new) AS (",
+    &[Type::Id, Type::Id],
+    ")
+     UPDATE tasks SET retried_by = l.new, revision = revision + 1
+     FROM links l WHERE tasks.id = l.ended",
+);
+
+/// Links ended tasks to the tasks that retry them, as (ended, new); each at most once.
+pub fn link_retries(script: &mut Script, links: &[(TaskId, TaskId)]) -> Result<()> {
+    script.add_rows(&LINK_RETRIES, links, |row, (ended, new)| {
+        row.bind(*ended).bind(*new);
+        Ok(())
+    })
 }
 
 /// A remembered submit.
@@ -256,6 +235,13 @@ pub struct Request {
     pub create_time: Micros,
 }
 
+const FIND_REQUESTS: Sql = Sql::new(
+    "SELECT r.namespace, r.request_id, r.task_id, r.digest, r.create_time
+     FROM json_each($1) k JOIN request_ids r
+       ON r.namespace = k.value ->> 0 AND r.request_id = k.value ->> 1
+     WHERE r.create_time >= $2",
+);
+
 /// The remembered submits among these, as (namespace, `request_id`), not older than `since`.
 pub async fn find_requests(
     tx: &mut Tx,
@@ -265,64 +251,56 @@ pub async fn find_requests(
     if keys.is_empty() {
         return Ok(Vec::new());
     }
-    let rows: Vec<(String, String, String, Vec<u8>, Micros)> = sqlx::query_as(
-        "SELECT r.namespace, r.request_id, r.task_id, r.digest, r.create_time
-         FROM json_each($1) k JOIN request_ids r
-           ON r.namespace = k.value ->> 0 AND r.request_id = k.value ->> 1
-         WHERE r.create_time >= $2",
-    )
-    .bind(to_json(&keys)?)
-    .bind(since)
-    .fetch_all(tx.conn())
-    .await?;
-    rows.into_iter()
-        .map(|(namespace, request_id, task, digest, create_time)| {
-            Ok(Request {
-                namespace: namespace.into(),
-                request_id,
-                task: task.parse().map_err(Error::internal)?,
-                digest: digest.try_into().map_err(|_| Error::internal("a digest of 32 bytes"))?,
-                create_time,
-            })
-        })
-        .collect()
+    tx.query(FIND_REQUESTS).bind(Json::of(&keys)?).bind(since).all().await
 }
+
+impl FromRow for Request {
+    fn from_row(row: &Row) -> Result<Self> {
+        let digest: Vec<u8> = row.get(3)?;
+        Ok(Self {
+            namespace: row.get(0)?,
+            request_id: row.get(1)?,
+            task: row.get(2)?,
+            digest: digest.try_into().map_err(|_| Error::internal("a digest of 32 bytes"))?,
+            create_time: row.get(4)?,
+        })
+    }
+}
+
+static INSERT_REQUESTS: Bulk = Bulk::new(
+    "WITH new (namespace, request_id, task_id, digest, create_time) AS (",
+    &[Type::Text, Type::Text, Type::Id, Type::Bytes, Type::Int],
+    ")
+     INSERT INTO request_ids (namespace, request_id, task_id, digest, create_time)
+     SELECT * FROM new WHERE namespace IS NOT NULL
+     ON CONFLICT (namespace, request_id) DO UPDATE SET
+        task_id = excluded.task_id, digest = excluded.digest,
+        create_time = excluded.create_time",
+);
 
 /// Remembers submits; one that is too old to count is replaced.
 pub fn insert_requests(script: &mut Script, requests: &[Request]) -> Result<()> {
-    static INSERT: Bulk = Bulk::new(
-        "INSERT INTO request_ids (namespace, request_id, task_id, digest, create_time)
-         SELECT * FROM (VALUES ",
-        5,
-        ") WHERE column1 IS NOT NULL
-         ON CONFLICT (namespace, request_id) DO UPDATE SET
-            task_id = excluded.task_id, digest = excluded.digest,
-            create_time = excluded.create_time",
-    );
     if faults::planted(Fault::ForgetRequestIds) {
         return Ok(());
     }
-    script.add_rows(&INSERT, requests, |row, request| {
-        row.bind(request.namespace.as_str().to_owned())
+    script.add_rows(&INSERT_REQUESTS, requests, |row, request| {
+        row.bind(&request.namespace)
             .bind(request.request_id.clone())
-            .bind(request.task.to_string())
+            .bind(request.task)
             .bind(request.digest.to_vec())
             .bind(request.create_time);
         Ok(())
     })
 }
 
+const FORGET_REQUESTS: Sql = Sql::new(
+    "DELETE FROM request_ids WHERE (namespace, request_id) IN (
+         SELECT namespace, request_id FROM request_ids WHERE create_time < $1 LIMIT $2)",
+);
+
 /// Forgets submits older than `before`, at most `limit`; returns how many.
 pub async fn forget_requests(tx: &mut Tx, before: Micros, limit: u32) -> Result<u64> {
-    let done = sqlx::query(
-        "DELETE FROM request_ids WHERE (namespace, request_id) IN (
-             SELECT namespace, request_id FROM request_ids WHERE create_time < $1 LIMIT $2)",
-    )
-    .bind(before)
-    .bind(limit)
-    .execute(tx.conn())
-    .await?;
-    Ok(done.rows_affected())
+    tx.query(FORGET_REQUESTS).bind(before).bind(limit).run().await
 }
 
 /// Runner-made entries with contiguous sequences.
@@ -340,35 +318,61 @@ pub struct SegmentRow {
     pub frames: bytes::Bytes,
 }
 
-/// Adds segments; one that is there already is left as it is.
+static INSERT_SEGMENTS: Bulk = Bulk::new(
+    "WITH new (task_id, attempt, first_sequence, last_sequence, frames) AS (",
+    &[Type::Id, Type::Int, Type::Int, Type::Int, Type::Bytes],
+    ")
+     INSERT INTO segments (task_id, attempt, first_sequence, last_sequence, frames)
+     SELECT * FROM new WHERE task_id IS NOT NULL
+     ON CONFLICT (task_id, first_sequence) DO UPDATE SET
+        last_sequence = excluded.last_sequence, frames = excluded.frames
+        WHERE excluded.last_sequence > segments.last_sequence",
+);
+
+/// Adds segments; one that is there already is left as it is, unless it is shorter.
 pub fn insert_segments(script: &mut Script, segments: &[SegmentRow]) -> Result<()> {
-    static INSERT: Bulk = Bulk::new(
-        "INSERT INTO segments (task_id, attempt, first_sequence, last_sequence, frames)
-         SELECT * FROM (VALUES ",
-        5,
-        ") WHERE column1 IS NOT NULL
-         ON CONFLICT (task_id, first_sequence) DO UPDATE SET
-            last_sequence = excluded.last_sequence, frames = excluded.frames
-            WHERE excluded.last_sequence > segments.last_sequence",
-    );
-    script.add_rows(&INSERT, segments, |row, segment| {
-        row.bind(segment.task.to_string())
+    script.add_rows(&INSERT_SEGMENTS, segments, |row, segment| {
+        row.bind(segment.task)
             .bind(segment.attempt)
             .bind(segment.first as i64)
             .bind(segment.last as i64)
-            .bind(segment.frames.to_vec());
+            .bind(&segment.frames);
         Ok(())
     })
 }
 
-/// Deletes an ended task and what hangs on it.
-pub fn delete(script: &mut Script, id: TaskId) {
-    for sql in [
-        "DELETE FROM tasks WHERE id = ?",
-        "DELETE FROM task_events WHERE task_id = ?",
-        "DELETE FROM segments WHERE task_id = ?",
-        "DELETE FROM transcripts WHERE task_id = ?",
-    ] {
-        script.add(sql).bind(id.to_string());
+static DELETE_TASKS: Bulk = Bulk::new("DELETE FROM tasks WHERE id IN (", &[Type::Id], ")");
+static DELETE_EVENTS: Bulk =
+    Bulk::new("DELETE FROM task_events WHERE task_id IN (", &[Type::Id], ")");
+static DELETE_SEGMENTS: Bulk =
+    Bulk::new("DELETE FROM segments WHERE task_id IN (", &[Type::Id], ")");
+static DELETE_TRANSCRIPTS: Bulk =
+    Bulk::new("DELETE FROM transcripts WHERE task_id IN (", &[Type::Id], ")");
+
+/// Deletes ended tasks and what hangs on them.
+pub fn delete(script: &mut Script, ids: &[TaskId]) -> Result<()> {
+    for bulk in [&DELETE_TASKS, &DELETE_EVENTS, &DELETE_SEGMENTS, &DELETE_TRANSCRIPTS] {
+        script.add_rows(bulk, ids, |row, id| {
+            row.bind(*id);
+            Ok(())
+        })?;
     }
+    Ok(())
 }
+
+/// Statements of this file.
+pub const STATEMENTS: &[Statement] = &[
+    Statement::Query(LOAD),
+    Statement::Rows(&INSERT),
+    Statement::Rows(&UPDATE),
+    Statement::Rows(&RESERVE),
+    Statement::Rows(&LINK_RETRIES),
+    Statement::Query(FIND_REQUESTS),
+    Statement::Rows(&INSERT_REQUESTS),
+    Statement::Query(FORGET_REQUESTS),
+    Statement::Rows(&INSERT_SEGMENTS),
+    Statement::Rows(&DELETE_TASKS),
+    Statement::Rows(&DELETE_EVENTS),
+    Statement::Rows(&DELETE_SEGMENTS),
+    Statement::Rows(&DELETE_TRANSCRIPTS),
+];
