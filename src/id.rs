@@ -22,6 +22,12 @@ macro_rules! id {
             /// After all ids.
             pub const MAX: Self = Self(Uuid::max());
 
+            /// Before all ids made at `time`, and after those made a millisecond earlier.
+            pub fn first_at(time: Micros) -> Self {
+                let millis = u64::try_from(time.0 / 1000).unwrap_or(0);
+                Self(uuid::Builder::from_unix_timestamp_millis(millis, &[0; 10]).into_uuid())
+            }
+
             /// A new id, made at `now`.
             pub fn new(now: Micros, entropy: &Entropy) -> Self {
                 let millis = u64::try_from(now.0 / 1000).unwrap_or(0);

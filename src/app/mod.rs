@@ -10,14 +10,14 @@ use std::{fs::File, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use tokio_util::sync::CancellationToken;
 
-pub use place::{artifact_store, make_data_dir};
+pub use place::{artifact_store, database, lock_data_dir, make_data_dir, retention};
 
 use crate::{
     artifacts::{self, Artifacts},
     blob::Blobs,
     clock::Clock,
     config::{self, Config},
-    db::{self, Db},
+    db::{self, Db, Location},
     dispatch::{self, Dispatcher, Sweep},
     error::Error,
     events::Tail,
@@ -95,10 +95,12 @@ impl App {
         place::raise_descriptor_limit();
         let data_dir = &config.storage.data_dir;
         let lock = place::lock_data_dir(data_dir)?;
-        let path = data_dir.join("baton.db");
-        let db =
-            if clock.is_simulated() { Db::open_simulated(&path) } else { Db::open(&path).await };
-        let db = db.with_context(|| format!("cannot open {}", path.display()))?;
+        let at = place::database(&config);
+        let db = match &at {
+            Location::File(path) if clock.is_simulated() => Db::open_simulated(path),
+            at => Db::open_at(at, config.database.connections, &entropy).await,
+        };
+        let db = db.with_context(|| format!("cannot open {at}"))?;
         db.set_headroom(config.storage.min_free);
         let supervisor = Supervisor::new();
         let metrics = Metrics::new();
@@ -160,7 +162,10 @@ impl App {
             loops.spawn_loop("archive", Archiver::new(db.clone(), blobs, clock.clone()).run());
             loops.spawn_loop("artifacts", artifacts.clone().run());
         }
-        loops.spawn_loop("housekeeping", tasks::housekeeping::run(db.clone(), clock.clone()));
+        loops.spawn_loop("housekeeping", {
+            let retention = place::retention(&config.retention);
+            tasks::housekeeping::run(db.clone(), clock.clone(), retention)
+        });
         loops.spawn_loop("storage health", db::watch_health(db.clone(), clock.clone()));
         loops.spawn_loop("lease sweep", registry.clone().run_sweep());
         loops.spawn_loop("revocations", registry.clone().run_revocations());

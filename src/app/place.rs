@@ -1,4 +1,4 @@
-//! Where a server lives: its port, its directory, its descriptors.
+//! Where a server lives: its port, its directory, its database, its descriptors.
 
 use std::{
     fs::File,
@@ -12,9 +12,25 @@ use anyhow::{Context as _, bail};
 use crate::{
     blob::Store,
     config::{self, Config},
+    db::Location,
     keys::Keyring,
+    tasks::housekeeping::Retention,
     tls::{Acceptor, Files},
 };
+
+/// Where the configuration has the database.
+pub fn database(config: &Config) -> Location {
+    match config.database.url.expose() {
+        "" => Location::File(config.storage.data_dir.join("baton.db")),
+        url => Location::Url(url.to_owned()),
+    }
+}
+
+/// What the configuration says of old tasks.
+pub fn retention(config: &config::Retention) -> Retention {
+    let set = |kept: std::time::Duration| Some(kept).filter(|kept| !kept.is_zero());
+    Retention { ended_tasks: set(config.ended_tasks), dead_letters: set(config.dead_letters) }
+}
 
 /// Opens the port, with a backlog for herds of runners that return at once.
 pub(super) fn bind(addr: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
@@ -55,8 +71,8 @@ pub fn make_data_dir(dir: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("cannot make the data directory {}", dir.display()))
 }
 
-/// Makes the data directory and takes it for this process.
-pub(super) fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
+/// Makes the data directory and takes it for this process, as long as the file lives.
+pub fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
     make_data_dir(dir)?;
     let path = dir.join("baton.lock");
     let file = File::options()

@@ -43,7 +43,7 @@ pub fn case(plan: &Plan) -> anyhow::Result<Vec<Row>> {
         alone.push(if in_bucket() {
             play(&Role::Bucket(n_bytes)).map(|found: Outcome| (found.up, found.down))?
         } else {
-            copied(&dir.0, n_bytes).map(|rate| (rate, rate))?
+            copied(&dir.path, n_bytes).map(|rate| (rate, rate))?
         });
         ours.push(play(&Role::Files(Spec { server: server.clone(), n_bytes }))?);
     }

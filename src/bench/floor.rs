@@ -1,4 +1,4 @@
-//! The floor of durable tasks: their whole life in SQLite through sqlx, `synchronous = FULL`,
+//! The floor of durable tasks: their whole life in the store through sqlx, every commit synced,
 //! group commit of what waits, and no RPC, no runner, no checks.
 //!
 //! A direct binding on a writer thread is two to four times cheaper than sqlx; what is measured
@@ -25,6 +25,8 @@ use super::{
 pub struct Spec {
     /// An empty directory.
     pub dir: std::path::PathBuf,
+    /// An empty database of Postgres, instead of SQLite.
+    pub database_url: Option<String>,
     /// Submitters in closed loops.
     pub submitters: usize,
     /// Length of the span in which tasks are submitted.
@@ -55,23 +57,12 @@ const CHUNKS: [usize; 3] = [64, 8, 1];
 
 /// Runs whole lives.
 pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
-    let file = spec.dir.join("floor.db");
-    let options = SqliteConnectOptions::from_str(&format!("sqlite:{}", file.display()))?
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full);
-    let mut connection = SqliteConnection::connect_with(&options).await?;
-    for sql in [
-        "CREATE TABLE task (id BLOB PRIMARY KEY, state INTEGER NOT NULL, payload BLOB NOT NULL) WITHOUT ROWID",
-        "CREATE INDEX ready ON task (id) WHERE state = 0",
-    ] {
-        sqlx::query(sql).execute(&mut connection).await?;
-    }
+    let store = Store::open(&spec).await?;
     // Wide enough for all that submitters can have under way: submit, claim and complete.
     let (steps, queue) = mpsc::channel(spec.submitters * 8);
     let completed = Rc::new(RefCell::new(0_u64));
     let (all, everything) = oneshot::channel();
-    let writer = tokio::task::spawn_local(write(connection, queue, Rc::clone(&completed), all));
+    let writer = tokio::task::spawn_local(write(store, queue, Rc::clone(&completed), all));
 
     let ack = Rc::new(RefCell::new(histogram()));
     let (from, cpu) = (now_ns(), cpu_us(std::process::id()));
@@ -111,7 +102,7 @@ pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
 }
 
 async fn write(
-    mut connection: SqliteConnection,
+    mut store: Store,
     mut queue: mpsc::Receiver<Step>,
     completed: Rc<RefCell<u64>>,
     all: oneshot::Sender<()>,
@@ -144,19 +135,103 @@ async fn write(
                 Step::Complete(id) => completions.push(id),
             }
         }
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-        insert(&mut tx, rows).await?;
-        update(&mut tx, claims, "UPDATE task SET state = 1 WHERE state = 0 AND id IN (").await?;
         *completed.borrow_mut() += completions.len() as u64;
-        update(&mut tx, completions, "UPDATE task SET state = 2 WHERE state = 1 AND id IN (")
-            .await?;
-        tx.commit().await?;
+        store.commit(rows, claims, completions).await?;
         for answer in answers {
             let _ = answer.send(());
         }
     }
     let _ = all.send(());
     Ok(())
+}
+
+/// Where the tasks are.
+enum Store {
+    Sqlite(SqliteConnection),
+    #[cfg(feature = "postgres")]
+    Postgres(sqlx::PgConnection),
+}
+
+/// Makes the table; the type of bytes is the engine's.
+macro_rules! tables {
+    ($bytes:literal) => {
+        [
+            concat!(
+                "CREATE TABLE task (id ",
+                $bytes,
+                " PRIMARY KEY, state INTEGER NOT NULL, payload ",
+                $bytes,
+                " NOT NULL)"
+            ),
+            "CREATE INDEX ready ON task (id) WHERE state = 0",
+        ]
+    };
+}
+
+impl Store {
+    async fn open(spec: &Spec) -> anyhow::Result<Self> {
+        #[cfg(feature = "postgres")]
+        if let Some(url) = &spec.database_url {
+            let mut connection = sqlx::PgConnection::connect(url).await?;
+            for sql in tables!("BYTEA") {
+                sqlx::query(sql).execute(&mut connection).await?;
+            }
+            return Ok(Self::Postgres(connection));
+        }
+        let file = spec.dir.join("floor.db");
+        let options = SqliteConnectOptions::from_str(&format!("sqlite:{}", file.display()))?
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full);
+        let mut connection = SqliteConnection::connect_with(&options).await?;
+        let [table, index] = tables!("BLOB");
+        sqlx::query(sqlx::AssertSqlSafe(format!("{table} WITHOUT ROWID")))
+            .execute(&mut connection)
+            .await?;
+        sqlx::query(index).execute(&mut connection).await?;
+        Ok(Self::Sqlite(connection))
+    }
+
+    async fn commit(
+        &mut self,
+        rows: Vec<([u8; 16], Vec<u8>)>,
+        claims: Vec<[u8; 16]>,
+        completions: Vec<[u8; 16]>,
+    ) -> sqlx::Result<()> {
+        match self {
+            Self::Sqlite(connection) => {
+                const CLAIM: &str = "UPDATE task SET state = 1 WHERE state = 0 AND id IN (";
+                const COMPLETE: &str = "UPDATE task SET state = 2 WHERE state = 1 AND id IN (";
+                let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
+                insert(&mut tx, rows).await?;
+                update(&mut tx, claims, CLAIM).await?;
+                update(&mut tx, completions, COMPLETE).await?;
+                tx.commit().await
+            }
+            #[cfg(feature = "postgres")]
+            Self::Postgres(connection) => {
+                const INSERT: &str = "INSERT INTO task (id, state, payload)
+                    SELECT id, 0, payload FROM unnest($1::bytea[], $2::bytea[]) AS r (id, payload)";
+                const CLAIM: &str = "UPDATE task SET state = 1 WHERE state = 0 AND id = ANY ($1)";
+                const COMPLETE: &str =
+                    "UPDATE task SET state = 2 WHERE state = 1 AND id = ANY ($1)";
+                let list =
+                    |ids: Vec<[u8; 16]>| ids.iter().map(|id| id.to_vec()).collect::<Vec<_>>();
+                let (ids, payloads): (Vec<_>, Vec<_>) =
+                    rows.into_iter().map(|(id, payload)| (id.to_vec(), payload)).unzip();
+                let mut tx = connection.begin().await?;
+                if !ids.is_empty() {
+                    sqlx::query(INSERT).bind(ids).bind(payloads).execute(&mut *tx).await?;
+                }
+                for (ids, sql) in [(claims, CLAIM), (completions, COMPLETE)] {
+                    if !ids.is_empty() {
+                        sqlx::query(sql).bind(list(ids)).execute(&mut *tx).await?;
+                    }
+                }
+                tx.commit().await
+            }
+        }
+    }
 }
 
 /// Cuts rows into chunks of [`CHUNKS`].

@@ -7,10 +7,12 @@
 //! median of the repetitions. `docs/benchmarks.md` has the method and a table.
 
 mod client;
+mod database;
 mod decisions;
 mod figures;
 mod files;
 mod floor;
+mod lives;
 mod memory;
 mod process;
 mod readers;
@@ -49,6 +51,10 @@ pub struct Args {
     /// Put the databases here instead of the system's place for temporary files.
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// Run the servers under test on Postgres, each on a database of its own that is made there;
+    /// prefer BATON_DATABASE_URL, which other users of the machine do not see.
+    #[arg(long, env = "BATON_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Option<String>,
     /// Print the table as JSON.
     #[arg(long)]
     json: bool,
@@ -109,6 +115,7 @@ pub fn run_as(args: Args, json: bool) -> anyhow::Result<()> {
         only: args.only,
         io_threads: args.io_threads,
         dir: args.dir,
+        database_url: args.database_url.filter(|url| !url.is_empty()),
     };
     let rows = suite::run(&plan, |name, rows| {
         let failed = rows.iter().any(|row| row.verdict == report::Verdict::Failed);

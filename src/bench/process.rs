@@ -34,6 +34,23 @@ pub fn cpu_us(pid: u32) -> u64 {
     nanos / 1000
 }
 
+/// Processor time that the living children of a process have used, in microseconds.
+pub fn children_cpu_us(pid: u32) -> u64 {
+    let Ok(processes) = fs::read_dir("/proc") else { return 0 };
+    processes
+        .flatten()
+        .filter_map(|process| process.file_name().to_str()?.parse().ok())
+        .filter(|child| parent(*child) == Some(pid))
+        .map(cpu_us)
+        .sum()
+}
+
+/// The process that started a process.
+pub fn parent(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+}
+
 /// Resident memory of a process in KiB.
 pub fn rss_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();

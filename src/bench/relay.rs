@@ -51,6 +51,8 @@ pub struct Server {
     pub baton: bool,
     /// Credential.
     pub token: Option<String>,
+    /// Process that the processes of its database descend from, where it is on this machine.
+    pub database: Option<u32>,
 }
 
 impl Server {

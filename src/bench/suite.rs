@@ -7,9 +7,11 @@ use anyhow::Context as _;
 use serde::de::DeserializeOwned;
 
 use super::{
-    Role, decisions,
+    Role,
+    database::Database,
+    decisions,
     figures::Latency,
-    files, floor, memory,
+    files, lives, memory,
     process::{Process, now_ns},
     relay::{self, Server},
     report::{Better, Row},
@@ -29,6 +31,8 @@ pub struct Plan {
     pub io_threads: usize,
     /// Where databases are put; the system's place for temporary files when unset.
     pub dir: Option<PathBuf>,
+    /// A server of Postgres on which each server under test gets a database of its own.
+    pub database_url: Option<String>,
 }
 
 /// Measures and judges.
@@ -43,7 +47,7 @@ const CASES: [(&str, Case); 14] = [
     ("G8", slow),
     ("G9", shim::events),
     ("G10", shim::json_calls),
-    ("G11,G13", whole_lives),
+    ("G11,G12,G13", lives::whole_lives),
     ("G14", paced_tasks),
     ("G15", control_calls),
     ("G16", decide),
@@ -83,33 +87,37 @@ impl Plan {
         if self.quick { 2.0 } else { 4.0 }
     }
 
-    fn dir(&self) -> anyhow::Result<Scratch> {
+    pub(super) fn dir(&self) -> anyhow::Result<Scratch> {
         let parent = self.dir.clone().unwrap_or_else(std::env::temp_dir);
         let name = format!("baton-bench-{}-{}", std::process::id(), now_ns());
         let path = parent.join(name);
         std::fs::create_dir_all(&path)?;
-        Ok(Scratch(path))
+        let database = self.database_url.as_deref().map(Database::create).transpose()?;
+        Ok(Scratch { path, database })
     }
 }
 
-/// A directory that goes with its case.
-pub(super) struct Scratch(pub(super) PathBuf);
+/// A directory, and a database where one is asked for, that go with their case.
+pub(super) struct Scratch {
+    pub(super) path: PathBuf,
+    pub(super) database: Option<Database>,
+}
 
 impl Scratch {
     /// Where a server keeps its data.
     fn data(&self) -> PathBuf {
-        self.0.join("data")
+        self.path.join("data")
     }
 
     /// Where it logs.
     fn log(&self) -> PathBuf {
-        self.0.join("server.log")
+        self.path.join("server.log")
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+        let _ = std::fs::remove_dir_all(&self.path);
     }
 }
 
@@ -123,7 +131,7 @@ fn bare(relay: yardstick::Relay, threads: usize) -> anyhow::Result<(Process, Ser
     let mut process = Process::role(&Role::Yardstick(yardstick::Spec { relay, threads }))?;
     let listening: yardstick::Listening = process.answer()?;
     let addr = ([127, 0, 0, 1], listening.port).into();
-    let server = Server { addr, pid: process.pid(), baton: false, token: None };
+    let server = Server { addr, pid: process.pid(), baton: false, token: None, database: None };
     Ok((process, server))
 }
 
@@ -147,7 +155,8 @@ pub(super) fn baton(plan: &Plan) -> anyhow::Result<((Process, Scratch), Server)>
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
     };
-    let server = Server { addr, pid: process.pid(), baton: true, token: Some(token) };
+    let database = dir.database.as_ref().and_then(Database::postmaster);
+    let server = Server { addr, pid: process.pid(), baton: true, token: Some(token), database };
     Ok(((process, dir), server))
 }
 
@@ -160,6 +169,9 @@ fn start(plan: &Plan, dir: &Scratch, addr: SocketAddr) -> anyhow::Result<Process
         .env("BATON_SERVER_ADDR", addr.to_string())
         .env("BATON_STORAGE_DATA_DIR", dir.data())
         .env("BATON_SERVER_IO_THREADS", plan.io_threads.to_string());
+    if let Some(database) = &dir.database {
+        command.env("BATON_DATABASE_URL", &database.url);
+    }
     command.stderr(std::fs::File::create(dir.log())?);
     Process::start(&mut command)
 }
@@ -322,49 +334,6 @@ fn slow(plan: &Plan) -> anyhow::Result<Vec<Row>> {
         );
     }
     Ok(rows)
-}
-
-fn whole_lives(plan: &Plan) -> anyhow::Result<Vec<Row>> {
-    const SUBMITTERS: usize = 64;
-    let (_baton, server) = baton(plan)?;
-    let (mut floor, mut ours) = (Vec::new(), Vec::new());
-    for _ in 0..plan.repeat {
-        let dir = plan.dir()?;
-        let (seconds, payload) = (plan.seconds(), 200);
-        let spec = floor::Spec { dir: dir.0.clone(), submitters: SUBMITTERS, seconds, payload };
-        floor.push(play::<floor::Outcome>(&Role::Floor(spec)).context("floor")?);
-        let (server, pace) = (server.clone(), tasks::Pace::Closed(SUBMITTERS));
-        let spec = tasks::Spec { server, pace, seconds, payload, slots: 512 };
-        ours.push(play::<tasks::Outcome>(&Role::Tasks(spec)).context("baton")?);
-    }
-    let rate = Row::new(
-        "G11",
-        "whole lives per second, 64 submitters, store floor",
-        "/s",
-        each(&ours, |o| o.rate),
-    )
-    .against(each(&floor, |o| o.rate))
-    .judged(Better::Higher, 0.15, 0.35);
-    let ratio = format!(
-        "{:.2} x of BullMQ with AOF always (2.5 k/s), {:.2} x of everysec (6.2 k/s), as measured once",
-        rate.figure / 2_500.0,
-        rate.figure / 6_200.0,
-    );
-    Ok(vec![
-        rate.noted(ratio),
-        Row::new(
-            "G13",
-            "CPU per task, server and load",
-            "µs",
-            each(&ours, |o| o.server_us + o.load_us),
-        )
-        .judged(Better::Lower, 100.0, 50.0)
-        .noted(format!(
-            "server {:.1} µs; store floor {:.1} µs",
-            super::figures::median(each(&ours, |o| o.server_us)),
-            super::figures::median(each(&floor, |o| o.cpu_us))
-        )),
-    ])
 }
 
 fn paced_tasks(plan: &Plan) -> anyhow::Result<Vec<Row>> {

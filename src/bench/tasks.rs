@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use super::{
     client,
     figures::{Latency, histogram},
-    process::{cpu_us, now_ns},
+    process::{children_cpu_us, cpu_us, now_ns},
     readers::entry,
     relay::{Server, stamp, stamped},
     runner::{Lease, Order, Runner, Script},
@@ -56,6 +56,8 @@ pub struct Outcome {
     pub rate: f64,
     /// Processor time of the server per task, in microseconds.
     pub server_us: f64,
+    /// Processor time of the database's processes per task, in microseconds.
+    pub database_us: f64,
     /// Processor time of this process per task, in microseconds.
     pub load_us: f64,
     /// From the submit to its answer.
@@ -120,6 +122,8 @@ pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
     }
     let from = now_ns();
     let (cpu, own) = (cpu_us(spec.server.pid), cpu_us(std::process::id()));
+    let database_us = || spec.server.database.map_or(0, children_cpu_us);
+    let database = database_us();
     let until = from + (spec.seconds * 1e9) as u64;
     let submitted = match spec.pace {
         Pace::Closed(submitters) => {
@@ -178,6 +182,7 @@ pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
         tasks: submitted,
         rate: submitted as f64 / seconds,
         server_us: each(cpu_us(spec.server.pid) - cpu),
+        database_us: each(database_us().saturating_sub(database)),
         load_us: each(cpu_us(std::process::id()) - own),
         ack,
         start,

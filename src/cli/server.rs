@@ -40,6 +40,10 @@ pub struct ConfigArgs {
     /// Where artifacts lie: `file`, in the data directory, or `s3://bucket/prefix`
     #[arg(long, value_name = "STORE")]
     artifact_store: Option<String>,
+    /// Database of a Postgres server, as postgres://user:password@host:5432/name; other users of
+    /// the machine see it here, but not in the variable `BATON_DATABASE_URL`
+    #[arg(long, value_name = "URL")]
+    database_url: Option<String>,
     #[command(flatten)]
     tls: TlsArgs,
 }
@@ -85,6 +89,9 @@ impl ConfigArgs {
         }
         if let Some(store) = &self.artifact_store {
             sources.flag("artifacts.store", store, "--artifact-store");
+        }
+        if let Some(url) = &self.database_url {
+            sources.flag("database.url", url, "--database-url");
         }
         self.tls.add_to(&mut sources);
         sources

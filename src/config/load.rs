@@ -7,7 +7,7 @@ use toml::{Table, Value};
 use super::{Config, Secret};
 
 /// Keys whose values are never shown.
-const SECRETS: [&str; 1] = ["telemetry.otlp_headers"];
+const SECRETS: [&str; 2] = ["database.url", "telemetry.otlp_headers"];
 
 /// Where the layers come from, weakest first.
 #[derive(Clone, Debug, Default)]

@@ -6,14 +6,16 @@
 
 mod artifacts;
 mod load;
+mod storage;
 pub mod units;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 pub use artifacts::Artifacts;
 pub use load::{ConfigError, Entry, Loaded, Origin, Sources, load, variable};
+pub use storage::{Database, Retention, Storage};
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -33,6 +35,10 @@ pub struct Config {
     pub storage: Storage,
     /// Files of tasks.
     pub artifacts: Artifacts,
+    /// The database, where it is a server's.
+    pub database: Database,
+    /// How long what has ended is kept.
+    pub retention: Retention,
     /// Admission.
     pub queue: Queue,
     /// Leases and runner sessions.
@@ -218,23 +224,6 @@ fn is_host(text: &str) -> bool {
     }
 }
 
-/// Where data lie.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Storage {
-    /// Directory of the database and the files; made when absent.
-    pub data_dir: PathBuf,
-    /// Writes are refused while the disk has less than this to give.
-    #[serde(with = "units::bytes")]
-    pub min_free: u64,
-}
-
-impl Default for Storage {
-    fn default() -> Self {
-        Self { data_dir: PathBuf::from("baton-data"), min_free: 32 << 20 }
-    }
-}
-
 /// Admission.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -396,7 +385,7 @@ impl Config {
             return refuse("tls.key", "must be set when tls.cert is".into());
         }
         let (limits, runners) = (&self.limits, &self.runners);
-        let least: [(&str, u64, u64); 15] = [
+        let least: [(&str, u64, u64); 16] = [
             ("server.io_threads", self.server.io_threads as u64, 1),
             ("limits.connections", limits.connections as u64, 1),
             ("limits.connections_per_ip", limits.connections_per_ip as u64, 1),
@@ -407,6 +396,7 @@ impl Config {
             ("limits.stream_window", limits.stream_window, 65_535),
             ("limits.message", limits.message, 1_024),
             ("limits.headers", limits.headers, 4_096),
+            ("database.connections", self.database.connections as u64, 5),
             ("queue.max_per_model", self.queue.max_per_model, 1),
             ("queue.max_per_namespace", self.queue.max_per_namespace, 1),
             ("relay.per_task", self.relay.per_task, 65_536),
@@ -456,6 +446,9 @@ impl Config {
         }
         if let Some(problem) = self.artifacts.store_fault() {
             return refuse("artifacts.store", problem);
+        }
+        if let Some(problem) = self.database.url_fault() {
+            return refuse("database.url", problem);
         }
         for origin in self.http.cors_origins() {
             if !is_origin(origin) {

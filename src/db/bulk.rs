@@ -7,17 +7,27 @@
 //! anonymous (`?`): the driver asks for the name of each value it binds, and SQLite looks a
 //! name up by going through all of them, so that numbered values (`$7`) would make a statement
 //! over many rows cost the square of its values.
+//!
+//! On Postgres a statement has one text for any number of rows: each column is an array.
 
-use std::sync::OnceLock;
+use std::{fmt::Write as _, sync::OnceLock};
+
+use super::Engine;
 
 /// Most rows in one statement: 64 rows of 40 columns stay far below SQLite's 32,766 variables.
 const MOST: usize = 64;
 
 const SIZES: usize = MOST.ilog2() as usize + 1;
 
+/// Most rows in one statement on Postgres, so that no array grows without a bound.
+const MOST_POSTGRES: usize = 1024;
+
 /// Splits `rows` into slices that one statement takes.
-pub fn chunks<T>(rows: &[T]) -> impl Iterator<Item = &[T]> {
-    rows.chunks(MOST)
+pub(super) fn chunks<T>(engine: Engine, rows: &[T]) -> impl Iterator<Item = &[T]> {
+    rows.chunks(match engine {
+        Engine::Sqlite => MOST,
+        Engine::Postgres => MOST_POSTGRES,
+    })
 }
 
 /// What the values of a column are.
@@ -39,6 +49,7 @@ pub enum Type {
 /// `tail`. Rows whose first value is NULL must have no effect.
 pub struct Bulk {
     texts: [OnceLock<String>; SIZES],
+    postgres: OnceLock<String>,
     head: &'static str,
     columns: &'static [Type],
     tail: &'static str,
@@ -47,16 +58,51 @@ pub struct Bulk {
 impl Bulk {
     /// A statement over rows of these columns.
     pub const fn new(head: &'static str, columns: &'static [Type], tail: &'static str) -> Self {
-        Self { texts: [const { OnceLock::new() }; SIZES], head, columns, tail }
+        let texts = [const { OnceLock::new() }; SIZES];
+        Self { texts, postgres: OnceLock::new(), head, columns, tail }
+    }
+
+    /// Its columns.
+    pub(super) fn columns(&self) -> &'static [Type] {
+        self.columns
     }
 
     /// Places for values in the text for that many rows.
-    pub fn places(&self, rows: usize) -> usize {
-        self.columns.len() * rows.next_power_of_two()
+    pub(super) fn places(&self, engine: Engine, rows: usize) -> usize {
+        match engine {
+            Engine::Sqlite => self.columns.len() * rows.next_power_of_two(),
+            Engine::Postgres => self.columns.len() * rows,
+        }
     }
 
-    /// SQLite's text for at least `rows` rows, up to 64.
-    pub fn text(&'static self, rows: usize) -> &'static str {
+    /// The text for at least `rows` rows.
+    pub fn text(&'static self, engine: Engine, rows: usize) -> &'static str {
+        match engine {
+            Engine::Sqlite => self.sqlite_text(rows),
+            Engine::Postgres => self.postgres.get_or_init(|| self.postgres_text()),
+        }
+    }
+
+    fn postgres_text(&self) -> String {
+        let mut text = format!("{}SELECT * FROM unnest(", self.head);
+        for (at, column) in self.columns.iter().enumerate() {
+            let arrays = match column {
+                Type::Int => "bigint[]",
+                Type::Text => "text[]",
+                Type::Bytes => "bytea[]",
+                Type::Id => "uuid[]",
+                Type::Json => "text[]::jsonb[]",
+            };
+            let comma = if at == 0 { "" } else { ", " };
+            // Writing to a string cannot fail.
+            let _ = write!(text, "{comma}${}::{arrays}", at + 1);
+        }
+        text.push(')');
+        text.push_str(self.tail);
+        text
+    }
+
+    fn sqlite_text(&'static self, rows: usize) -> &'static str {
         let rows = rows.next_power_of_two();
         self.texts[rows.ilog2() as usize].get_or_init(|| {
             let mut text = String::from(self.head);
@@ -83,18 +129,28 @@ mod tests {
         static INSERT: Bulk = Bulk::new("", &[Type::Int; 3], "");
         for n in [1, 2, 3, 33, 63, 64, 65, 200] {
             let rows = vec![(); n];
-            for chunk in chunks(&rows) {
-                let places = INSERT.text(chunk.len()).matches('?').count();
+            let engine = Engine::Sqlite;
+            for chunk in chunks(engine, &rows) {
+                let places = INSERT.text(engine, chunk.len()).matches('?').count();
                 assert_eq!(places, 3 * chunk.len().next_power_of_two());
+                assert_eq!(places, INSERT.places(engine, chunk.len()));
             }
-            assert_eq!(chunks(&rows).map(<[()]>::len).sum::<usize>(), n);
+            assert_eq!(chunks(engine, &rows).map(<[()]>::len).sum::<usize>(), n);
         }
     }
 
     #[test]
     fn a_text_has_a_place_for_each_value_row_by_row() {
         static INSERT: Bulk =
-            Bulk::new("INSERT INTO t (a, b) ", &[Type::Int, Type::Text], " RETURNING a");
-        assert_eq!(INSERT.text(2), "INSERT INTO t (a, b) VALUES (?, ?), (?, ?) RETURNING a");
+            Bulk::new("INSERT INTO t (a, b) ", &[Type::Int, Type::Json], " RETURNING a");
+        assert_eq!(
+            INSERT.text(Engine::Sqlite, 2),
+            "INSERT INTO t (a, b) VALUES (?, ?), (?, ?) RETURNING a"
+        );
+        assert_eq!(
+            INSERT.text(Engine::Postgres, 2),
+            "INSERT INTO t (a, b) SELECT * FROM unnest($1::bigint[], $2::text[]::jsonb[]) \
+             RETURNING a"
+        );
     }
 }

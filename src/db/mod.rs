@@ -6,30 +6,40 @@
 
 mod admin;
 mod bulk;
+mod migrations;
 pub mod page;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod row;
 mod script;
 mod sqlite;
 mod statement;
+#[cfg(test)]
+pub mod testing;
 mod value;
 
 use std::{future::Future, path::Path, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
+#[cfg(feature = "postgres")]
+use sqlx::PgConnection;
 use sqlx::SqliteConnection;
 use tokio::sync::watch;
 
-pub use admin::{Status, backup, migrate, status};
-pub use bulk::{Bulk, Type, chunks};
+pub use admin::{Location, Status, backup, migrate, restore, status};
+pub use bulk::{Bulk, Type};
 pub use row::{Column, FromRow, Row};
 pub use script::Script;
 pub use statement::{Query, Sql, Statement};
 pub use value::{Bind, Json, Value, Values};
 
+#[cfg(feature = "postgres")]
+use self::postgres::Postgres;
 use self::sqlite::Sqlite;
 use crate::{
     error::{Error, Kind, Reason, Result},
     faults::{self, Fault},
+    id::Entropy,
 };
 
 /// Which engine keeps the data.
@@ -37,6 +47,8 @@ use crate::{
 pub enum Engine {
     /// A file of this process.
     Sqlite,
+    /// A server that others share.
+    Postgres,
 }
 
 /// A database; clones share it.
@@ -52,6 +64,8 @@ struct Inner {
 
 enum Backend {
     Sqlite(Sqlite),
+    #[cfg(feature = "postgres")]
+    Postgres(Postgres),
 }
 
 /// Whether the last write worked and there is room for more.
@@ -85,26 +99,19 @@ impl Health {
 pub enum Tx {
     #[doc(hidden)]
     Sqlite(SqliteConnection),
+    #[cfg(feature = "postgres")]
+    #[doc(hidden)]
+    Postgres(PgConnection),
 }
 
-impl Tx {
-    fn engine(&self) -> Engine {
-        match self {
-            Self::Sqlite(_) => Engine::Sqlite,
-        }
-    }
+/// A connection was lost during a commit: whether it took place is not known.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection was lost during the commit: its outcome is not known")]
+struct Unknown(#[source] Error);
 
-    fn sqlite(&mut self) -> &mut SqliteConnection {
-        match self {
-            Self::Sqlite(conn) => conn,
-        }
-    }
-
-    fn into_sqlite(self) -> SqliteConnection {
-        match self {
-            Self::Sqlite(conn) => conn,
-        }
-    }
+/// Whether the error leaves open what became of a commit.
+pub fn is_unknown(error: &Error) -> bool {
+    std::error::Error::source(error).is_some_and(|source| source.is::<Unknown>())
 }
 
 /// A transaction that writes. Dropped without [`commit`](Self::commit), everything it did is
@@ -113,6 +120,8 @@ pub struct Write<'a>(Writing<'a>);
 
 enum Writing<'a> {
     Sqlite(sqlite::Write<'a>),
+    #[cfg(feature = "postgres")]
+    Postgres(postgres::Write<'a>),
 }
 
 impl Write<'_> {
@@ -120,6 +129,20 @@ impl Write<'_> {
     pub fn tx(&mut self) -> &mut Tx {
         match &mut self.0 {
             Writing::Sqlite(write) => write.tx(),
+            #[cfg(feature = "postgres")]
+            Writing::Postgres(write) => write.tx(),
+        }
+    }
+
+    /// Runs `f` here, for no longer than the engine lets a call take.
+    async fn limited<T, F>(&mut self, f: F) -> Result<T>
+    where
+        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
+    {
+        match &mut self.0 {
+            Writing::Sqlite(write) => f(write.tx()).await,
+            #[cfg(feature = "postgres")]
+            Writing::Postgres(write) => postgres::limited(f(write.tx())).await,
         }
     }
 
@@ -127,6 +150,8 @@ impl Write<'_> {
     pub async fn commit(self) -> Result<()> {
         acknowledged(match self.0 {
             Writing::Sqlite(write) => write.commit().await,
+            #[cfg(feature = "postgres")]
+            Writing::Postgres(write) => write.commit().await,
         })
     }
 
@@ -134,6 +159,8 @@ impl Write<'_> {
     pub async fn commit_with(self, script: Script) -> Result<()> {
         acknowledged(match self.0 {
             Writing::Sqlite(write) => write.commit_with(script).await,
+            #[cfg(feature = "postgres")]
+            Writing::Postgres(write) => write.commit_with(script).await,
         })
     }
 
@@ -141,6 +168,8 @@ impl Write<'_> {
     pub async fn rollback(self, error: Error) -> Error {
         match self.0 {
             Writing::Sqlite(write) => write.rollback(error).await,
+            #[cfg(feature = "postgres")]
+            Writing::Postgres(write) => write.rollback(error).await,
         }
     }
 }
@@ -151,7 +180,7 @@ fn acknowledged(outcome: Result<()>) -> Result<()> {
 }
 
 impl Db {
-    /// Opens the database at `path`, making it when it is missing, and migrates it.
+    /// Opens the file at `path`, making it when it is missing, and migrates it.
     pub async fn open(path: &Path) -> Result<Self> {
         let db = Self::connect(path).await?;
         db.migrate_now().await?;
@@ -166,7 +195,31 @@ impl Db {
         Ok(db)
     }
 
-    /// Opens the database at `path` as it is.
+    /// Opens a database and migrates it. A server's is used by at most so many connections.
+    pub async fn open_at(at: &Location, connections: usize, entropy: &Entropy) -> Result<Self> {
+        migrate(at).await?;
+        Self::connect_at(at, connections, entropy).await
+    }
+
+    /// Opens a database as it is.
+    pub async fn connect_at(at: &Location, connections: usize, entropy: &Entropy) -> Result<Self> {
+        match at {
+            Location::File(path) => Self::connect(path).await,
+            #[cfg(feature = "postgres")]
+            Location::Url(url) => {
+                let health = Health::new(at.to_string());
+                // The lock of this process must be no other's.
+                let fence = entropy.u64().cast_signed();
+                let postgres = Postgres::connect(url, connections, fence, health.clone()).await?;
+                let backend = Backend::Postgres(postgres);
+                Ok(Self(Arc::new(Inner { backend, health, blocking: false })))
+            }
+            #[cfg(not(feature = "postgres"))]
+            Location::Url(_) => Err(admin::without_postgres()),
+        }
+    }
+
+    /// Opens the file at `path` as it is.
     pub async fn connect(path: &Path) -> Result<Self> {
         Self::connect_as(path, false).await
     }
@@ -182,6 +235,8 @@ impl Db {
     pub fn engine(&self) -> Engine {
         match &self.0.backend {
             Backend::Sqlite(_) => Engine::Sqlite,
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(_) => Engine::Postgres,
         }
     }
 
@@ -199,6 +254,8 @@ impl Db {
     pub async fn begin(&self) -> Result<Write<'_>> {
         match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.begin().await.map(Writing::Sqlite),
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(postgres) => postgres.begin().await.map(Writing::Postgres),
         }
         .map(Write)
     }
@@ -208,6 +265,21 @@ impl Db {
     pub async fn prepare(&self) -> Result<Write<'_>> {
         match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.prepare().await.map(Writing::Sqlite),
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(postgres) => postgres.prepare().await.map(Writing::Postgres),
+        }
+        .map(Write)
+    }
+
+    /// Begins a transaction when the last one that [`prepare`](Self::prepare) began has ended,
+    /// whatever became of its connection: what it wrote is to be seen, or was undone.
+    pub async fn begin_after_last(&self) -> Result<Write<'_>> {
+        match &self.0.backend {
+            Backend::Sqlite(sqlite) => sqlite.begin().await.map(Writing::Sqlite),
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(postgres) => {
+                postgres.prepare().await?.begin_alone().await.map(Writing::Postgres)
+            }
         }
         .map(Write)
     }
@@ -220,7 +292,7 @@ impl Db {
     {
         let work = async {
             let mut write = self.begin().await?;
-            match f(write.tx()).await {
+            match write.limited(f).await {
                 Ok(value) => write.commit().await.map(|()| value),
                 Err(error) => Err(write.rollback(error).await),
             }
@@ -251,6 +323,17 @@ impl Db {
                 }
                 result
             }
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(postgres) => {
+                let (_slot, mut reader) = postgres.reader().await?;
+                let result = postgres::limited(f(&mut reader.tx)).await;
+                if is_storage_failure(&result) {
+                    postgres.forget_idle();
+                } else {
+                    postgres.return_reader(reader);
+                }
+                result
+            }
         }
     }
 
@@ -272,11 +355,13 @@ impl Db {
         .retry_after(Duration::from_secs(1)))
     }
 
-    /// Finds out whether storage works: enough free space and, where it did not work before, a
-    /// write that reaches the disk. Called twice a second by [`watch_health`].
+    /// Finds out whether storage works: enough free space, or a server that answers, and, where
+    /// it did not work before, a write that reaches the disk. Called twice a second by [`watch_health`].
     pub async fn probe(&self) -> bool {
         let room = match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.has_room(),
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(postgres) => postgres.answers().await,
         };
         let was_healthy = *self.0.health.healthy.borrow();
         let works = if room && !was_healthy { self.touch().await.is_ok() } else { room };
@@ -288,6 +373,9 @@ impl Db {
     pub fn set_headroom(&self, bytes: u64) {
         match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.set_headroom(bytes),
+            // The server's disk is its operator's.
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(_) => {}
         }
     }
 
@@ -298,10 +386,42 @@ impl Db {
         .await
     }
 
+    /// Has the engine look at statements without running them; returns those that it refuses,
+    /// with the reason.
+    pub async fn check(&self, statements: &[Statement]) -> Result<Vec<(&'static str, String)>> {
+        let engine = self.engine();
+        let mut texts = Vec::new();
+        for statement in statements {
+            match (statement, engine) {
+                (Statement::Query(sql), Engine::Sqlite) => texts.push(sql.sqlite),
+                (Statement::Query(sql), Engine::Postgres) => texts.push(sql.postgres),
+                (Statement::RowsOn(other, _), _) if *other != engine => {}
+                (Statement::Rows(bulk) | Statement::RowsOn(_, bulk), _) => {
+                    texts.extend([bulk.text(engine, 1), bulk.text(engine, 64)]);
+                }
+            }
+        }
+        texts.retain(|text| !text.is_empty());
+        let check = self.read(|tx| {
+            Box::pin(async move {
+                let mut refused = Vec::new();
+                for text in texts {
+                    if let Err(error) = tx.prepare(text).await {
+                        refused.push((text, error.to_string()));
+                    }
+                }
+                Ok(refused)
+            })
+        });
+        check.await
+    }
+
     /// Closes all connections.
     pub async fn close(&self) {
         match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.close().await,
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(postgres) => postgres.close().await,
         }
     }
 }
@@ -313,7 +433,8 @@ const TOUCH: Sql = Sql::new(
 );
 
 /// Statements of this kernel.
-pub const STATEMENTS: &[Statement] = &[Statement::Query(TOUCH)];
+pub const STATEMENTS: &[Statement] =
+    &[Statement::Query(TOUCH), Statement::Query(admin::COPY), Statement::Query(admin::CHECK)];
 
 /// Probes storage twice a second, for ever.
 pub async fn watch_health(db: Db, clock: crate::clock::Clock) -> anyhow::Result<()> {
@@ -331,6 +452,12 @@ impl From<sqlx::Error> for Error {
     /// A statement failed: the storage's fault, or a defect of ours.
     fn from(error: sqlx::Error) -> Self {
         match &error {
+            #[cfg(feature = "postgres")]
+            sqlx::Error::Database(database)
+                if database.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() =>
+            {
+                postgres::from_database(error)
+            }
             sqlx::Error::Database(database) if !database.is_unique_violation() => {
                 // SQLite's extended codes carry the primary code in their low byte:
                 // 7 NOMEM, 8 READONLY, 10 IOERR, 11 CORRUPT, 13 FULL, 14 CANTOPEN.
@@ -340,7 +467,9 @@ impl From<sqlx::Error> for Error {
                     _ => Self::internal(error),
                 }
             }
-            sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed => Self::storage(error),
+            sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed | sqlx::Error::Tls(_) => {
+                Self::storage(error)
+            }
             _ => Self::internal(error),
         }
     }

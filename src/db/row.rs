@@ -1,8 +1,14 @@
 //! Rows that come out of statements, from either engine.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
+#[cfg(feature = "postgres")]
+use sqlx::postgres::PgRow;
 use sqlx::{Row as _, sqlite::SqliteRow};
 
+#[cfg(feature = "postgres")]
+use super::postgres::value::{read_id, read_text};
 use crate::{
     clock::Micros,
     error::{Error, Result},
@@ -13,6 +19,9 @@ use crate::{
 pub enum Row {
     #[doc(hidden)]
     Sqlite(SqliteRow),
+    #[cfg(feature = "postgres")]
+    #[doc(hidden)]
+    Postgres(PgRow),
 }
 
 impl Row {
@@ -51,18 +60,25 @@ impl Row {
     /// A value out of a JSON document, unless it is NULL.
     pub fn optional_json<T: serde::de::DeserializeOwned>(&self, index: usize) -> Result<Option<T>> {
         let text = self.text(index)?;
-        text.map(|text| serde_json::from_str(text).map_err(Error::internal)).transpose()
+        text.map(|text| serde_json::from_str(&text).map_err(Error::internal)).transpose()
     }
 
-    fn text(&self, index: usize) -> Result<Option<&str>> {
+    fn text(&self, index: usize) -> Result<Option<Cow<'_, str>>> {
         match self {
-            Self::Sqlite(row) => row.try_get(index).map_err(Error::internal),
+            Self::Sqlite(row) => {
+                let text: Option<&str> = row.try_get(index).map_err(Error::internal)?;
+                Ok(text.map(Into::into))
+            }
+            #[cfg(feature = "postgres")]
+            Self::Postgres(row) => read_text(row, index),
         }
     }
 
     fn int(&self, index: usize) -> Result<Option<i64>> {
         match self {
             Self::Sqlite(row) => row.try_get(index).map_err(Error::internal),
+            #[cfg(feature = "postgres")]
+            Self::Postgres(row) => row.try_get(index).map_err(Error::internal),
         }
     }
 }
@@ -124,19 +140,21 @@ impl Column for bool {
     fn read_optional(row: &Row, index: usize) -> Result<Option<Self>> {
         match row {
             Row::Sqlite(row) => row.try_get(index).map_err(Error::internal),
+            #[cfg(feature = "postgres")]
+            Row::Postgres(row) => row.try_get(index).map_err(Error::internal),
         }
     }
 }
 
 impl Column for String {
     fn read_optional(row: &Row, index: usize) -> Result<Option<Self>> {
-        Ok(row.text(index)?.map(str::to_owned))
+        Ok(row.text(index)?.map(Cow::into_owned))
     }
 }
 
 impl Column for Namespace {
     fn read_optional(row: &Row, index: usize) -> Result<Option<Self>> {
-        Ok(row.text(index)?.map(Into::into))
+        Ok(row.text(index)?.map(|text| Self::from(&*text)))
     }
 }
 
@@ -144,6 +162,8 @@ impl Column for Vec<u8> {
     fn read_optional(row: &Row, index: usize) -> Result<Option<Self>> {
         match row {
             Row::Sqlite(row) => row.try_get(index).map_err(Error::internal),
+            #[cfg(feature = "postgres")]
+            Row::Postgres(row) => row.try_get(index).map_err(Error::internal),
         }
     }
 }
@@ -162,6 +182,8 @@ macro_rules! ids {
                     Row::Sqlite(_) => {
                         row.text(index)?.map(|id| id.parse().map_err(Error::internal)).transpose()
                     }
+                    #[cfg(feature = "postgres")]
+                    Row::Postgres(row) => Ok(read_id(row, index)?.map($type)),
                 }
             }
         }

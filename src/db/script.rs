@@ -3,13 +3,14 @@
 //! Each statement that is awaited is a message to the connection's thread and an answer, two
 //! waits for a processor. A few small statements therefore go as one text; what touches many
 //! rows goes one by one, since the texts of all combinations would not fit the cache of
-//! prepared statements.
+//! prepared statements. On Postgres each statement goes by itself, whatever its size: its
+//! protocol takes one at a time, and arrays make one statement of any number of rows.
 
 use futures_util::TryStreamExt as _;
 use sqlx::{AssertSqlSafe, Either, Executor as _};
 
 use super::{
-    Engine, Tx,
+    Engine, Tx, Type,
     bulk::{Bulk, chunks},
     value::{Arguments, Values},
 };
@@ -60,6 +61,31 @@ impl Script {
         self.rows(bulk, rows, true, bind)
     }
 
+    /// As [`add_rows_exactly`](Self::add_rows_exactly) where others may have written meanwhile; the
+    /// only writer need not wait for the number.
+    pub fn add_rows_if_alone<T>(
+        &mut self,
+        bulk: &'static Bulk,
+        rows: &[T],
+        bind: impl FnMut(&mut Values, &T) -> Result<()>,
+    ) -> Result<()> {
+        self.rows(bulk, rows, self.engine == Engine::Postgres, bind)
+    }
+
+    /// A statement that finds, and holds, rows as they were read: the script fails when it does
+    /// not find each. The only writer needs none.
+    pub fn add_fence<T>(
+        &mut self,
+        bulk: &'static Bulk,
+        rows: &[T],
+        bind: impl FnMut(&mut Values, &T) -> Result<()>,
+    ) -> Result<()> {
+        match self.engine {
+            Engine::Sqlite => Ok(()),
+            Engine::Postgres => self.rows(bulk, rows, true, bind),
+        }
+    }
+
     fn rows<T>(
         &mut self,
         bulk: &'static Bulk,
@@ -67,10 +93,12 @@ impl Script {
         exactly: bool,
         mut bind: impl FnMut(&mut Values, &T) -> Result<()>,
     ) -> Result<()> {
-        for chunk in chunks(rows) {
+        let engine = self.engine;
+        for chunk in chunks(engine, rows) {
             let changes = exactly.then_some(chunk.len() as u64);
-            let values = self.push(bulk.text(chunk.len()), changes, chunk.len() <= SMALL);
-            let end = values.len() + bulk.places(chunk.len());
+            let small = chunk.len() <= SMALL && engine == Engine::Sqlite;
+            let values = self.push(bulk.text(engine, chunk.len()), bulk.columns(), changes, small);
+            let end = values.len() + bulk.places(engine, chunk.len());
             for row in chunk {
                 bind(values, row)?;
             }
@@ -82,11 +110,17 @@ impl Script {
         Ok(())
     }
 
-    fn push(&mut self, text: &str, changes: Option<u64>, small: bool) -> &mut Values {
+    fn push(
+        &mut self,
+        text: &str,
+        columns: &[Type],
+        changes: Option<u64>,
+        small: bool,
+    ) -> &mut Values {
         if !small || !self.messages.last().is_some_and(|message| message.small) {
             self.messages.push(Message {
                 text: String::new(),
-                values: Values::new(self.engine),
+                values: Values::new(self.engine, columns),
                 changes: Vec::new(),
                 small,
             });
@@ -150,6 +184,14 @@ impl Message {
                     check(changes.next().flatten(), done.rows_affected())?;
                 }
             }
+            #[cfg(feature = "postgres")]
+            (Tx::Postgres(conn), Arguments::Postgres(columns)) => {
+                let query = sqlx::query_with(AssertSqlSafe(self.text), columns.finish()?);
+                let done = conn.execute(query).await?;
+                check(changes.next().flatten(), done.rows_affected())?;
+            }
+            #[cfg(feature = "postgres")]
+            _ => return Err(Error::internal("a script of another engine")),
         }
         Ok(())
     }
@@ -158,11 +200,11 @@ impl Message {
 /// A statement changes the rows that it must, or its transaction is undone.
 fn check(wanted: Option<u64>, changed: u64) -> Result<()> {
     match wanted {
-        Some(wanted) if wanted != changed => Err(Error::new(
-            Kind::Aborted,
-            Reason::Conflict,
-            format!("{changed} of {wanted} rows were as they had been read"),
-        )),
+        Some(wanted) if wanted != changed => {
+            let changed = format!("{changed} of {wanted} rows were as they had been read");
+            let conflict = "it changed meanwhile; try again";
+            Err(Error::new(Kind::Aborted, Reason::Conflict, conflict).caused_by(changed))
+        }
         _ => Ok(()),
     }
 }
@@ -170,7 +212,7 @@ fn check(wanted: Option<u64>, changed: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::db::{Db, Sql, Type};
+    use crate::db::{Db, Sql, testing};
 
     static INSERT: Bulk = Bulk::new(
         "WITH new (name, value) AS (",
@@ -219,7 +261,7 @@ mod tests {
     #[tokio::test]
     async fn each_statement_gets_its_own_values_however_they_are_sent() {
         let dir = tempfile::tempdir().unwrap();
-        let db = Db::open(&dir.path().join("script.db")).await.unwrap();
+        let db = testing::open(dir.path()).await;
         for n in [1, 2, 3, 4, 5, 63, 64, 65, 200] {
             let mut script = db.script();
             script.add_rows(&DELETE, &rows(200, 1), bind_name).unwrap();
@@ -236,7 +278,7 @@ mod tests {
     #[tokio::test]
     async fn a_row_that_must_change_and_is_not_there_undoes_everything() {
         let dir = tempfile::tempdir().unwrap();
-        let db = Db::open(&dir.path().join("script.db")).await.unwrap();
+        let db = testing::open(dir.path()).await;
         let mut script = db.script();
         script.add_rows(&INSERT, &rows(1, 1), bind).unwrap();
         script.add_rows_exactly(&UPDATE, &rows(2, 2), bind).unwrap();

@@ -17,15 +17,21 @@ use std::{
 use parking_lot::Mutex;
 use sqlx::{
     ConnectOptions, Connection, SqliteConnection,
+    migrate::Migrator,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
 };
 use tokio::sync::Semaphore;
 
-use super::{Health, Script, Tx};
+use super::{
+    Health, Script, Tx,
+    migrations::{self, Migrations},
+};
 use crate::{
     error::{Error, Reason, Result},
     faults::{self, Fault},
 };
+
+static MIGRATOR: Migrator = sqlx::migrate!("migrations/sqlite");
 
 /// Readers at once: reads are short, and SQLite's are blocking calls on a thread each.
 const READERS: usize = 4;
@@ -50,7 +56,7 @@ pub(super) struct Sqlite {
     options: SqliteConnectOptions,
     path: PathBuf,
     /// `None` while in use elsewhere, lost to a cancelled caller, or not trusted any more.
-    pub(super) writer: tokio::sync::Mutex<Option<SqliteConnection>>,
+    writer: tokio::sync::Mutex<Option<SqliteConnection>>,
     readers: Mutex<Vec<SqliteConnection>>,
     reader_slots: Semaphore,
     headroom: AtomicU64,
@@ -118,12 +124,13 @@ impl Write<'_> {
     }
 
     async fn execute(&mut self, text: &'static str) -> Result<(), sqlx::Error> {
-        sqlx::query(text).execute(self.tx().sqlite()).await.map(drop)
+        let Some(Tx::Sqlite(conn)) = &mut self.tx else { return Ok(()) };
+        sqlx::query(text).execute(conn).await.map(drop)
     }
 
     /// Leaves the connection to the next writer.
     fn release(mut self) {
-        *self.slot = self.tx.take().map(Tx::into_sqlite);
+        *self.slot = self.tx.take().and_then(connection);
     }
 
     /// Drops the connection, which undoes what it did; the next writer opens the file anew.
@@ -208,7 +215,7 @@ impl Sqlite {
 
     /// Takes a reading connection back.
     pub(super) fn return_reader(&self, tx: Tx) {
-        self.readers.lock().push(tx.into_sqlite());
+        self.readers.lock().extend(connection(tx));
     }
 
     /// Whether the file is there with enough room to write.
@@ -222,6 +229,34 @@ impl Sqlite {
     /// Sets the free space below which nothing new is accepted.
     pub(super) fn set_headroom(&self, bytes: u64) {
         self.headroom.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Applies what is pending, or with `dry_run` only looks; returns what there was before.
+    pub(super) async fn migrate(&self, dry_run: bool) -> Result<Migrations> {
+        let mut slot = self.writer.lock().await;
+        let Some(conn) = slot.as_mut() else {
+            return Err(Error::storage("the database was closed"));
+        };
+        let versioned =
+            "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE name = '_sqlx_migrations')";
+        let versioned: bool = sqlx::query_scalar(versioned).fetch_one(&mut *conn).await?;
+        let columns = "SELECT m.name || '.' || c.name FROM sqlite_master m
+                       JOIN pragma_table_info(m.name) c WHERE m.type = 'table'";
+        let columns: Vec<String> = sqlx::query_scalar(columns).fetch_all(&mut *conn).await?;
+        let found = migrations::look(&MIGRATOR, conn, versioned, &columns).await?;
+        if !dry_run {
+            migrations::apply(&MIGRATOR, conn, &found).await?;
+        }
+        Ok(found)
+    }
+
+    /// How commits reach the disk; `wal` is right.
+    pub(super) async fn journal_mode(&self) -> Result<String> {
+        let mut slot = self.writer.lock().await;
+        let Some(conn) = slot.as_mut() else {
+            return Err(Error::storage("the database was closed"));
+        };
+        Ok(sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut *conn).await?)
     }
 
     /// Closes all connections after a last checkpoint.
@@ -243,6 +278,15 @@ impl Sqlite {
 /// Options of a connection that reads.
 fn reader(writer: &SqliteConnectOptions) -> SqliteConnectOptions {
     writer.clone().read_only(true).pragma("cache_size", READER_CACHE)
+}
+
+#[cfg_attr(not(feature = "postgres"), expect(clippy::unnecessary_wraps, reason = "one engine"))]
+fn connection(tx: Tx) -> Option<SqliteConnection> {
+    match tx {
+        Tx::Sqlite(conn) => Some(conn),
+        #[cfg(feature = "postgres")]
+        Tx::Postgres(_) => None,
+    }
 }
 
 async fn open_connection(options: &SqliteConnectOptions) -> Result<SqliteConnection> {

@@ -4,7 +4,9 @@ use bytes::Bytes;
 use sqlx::{Arguments as _, sqlite::SqliteArguments};
 use uuid::Uuid;
 
-use super::Engine;
+#[cfg(feature = "postgres")]
+use super::postgres::value::Columns;
+use super::{Engine, Type};
 use crate::{
     clock::Micros,
     error::{Error, Result},
@@ -119,29 +121,40 @@ impl Json {
     }
 }
 
-/// Values of a statement, in the order of their places.
+/// Values of the statements of a script, in the order of their places.
 pub struct Values {
     to: Arguments,
+    n_values: usize,
     error: Option<Error>,
 }
 
+/// What the driver takes.
 pub(super) enum Arguments {
     Sqlite(SqliteArguments),
+    #[cfg(feature = "postgres")]
+    Postgres(Columns),
 }
 
 impl Values {
-    pub(super) fn new(engine: Engine) -> Self {
+    /// None yet, for statements over rows of these columns.
+    pub(super) fn new(engine: Engine, columns: &[Type]) -> Self {
         let to = match engine {
-            Engine::Sqlite => Arguments::Sqlite(SqliteArguments::default()),
+            #[cfg(feature = "postgres")]
+            Engine::Postgres => Arguments::Postgres(Columns::new(columns)),
+            // All statements of a message have their values in one list.
+            _ => Arguments::Sqlite(SqliteArguments::default()),
         };
-        Self { to, error: None }
+        Self { to, n_values: 0, error: None }
     }
 
     /// Adds the next value.
     pub fn bind(&mut self, value: impl Bind) -> &mut Self {
         let done = match &mut self.to {
             Arguments::Sqlite(to) => add_to_sqlite(to, value.value()),
+            #[cfg(feature = "postgres")]
+            Arguments::Postgres(to) => to.add(value.value()),
         };
+        self.n_values += 1;
         if let Err(error) = done {
             self.error.get_or_insert(error);
         }
@@ -150,9 +163,7 @@ impl Values {
 
     /// How many there are.
     pub(super) fn len(&self) -> usize {
-        match &self.to {
-            Arguments::Sqlite(to) => to.len(),
-        }
+        self.n_values
     }
 
     /// What the driver takes, unless a value was refused.
@@ -164,7 +175,8 @@ impl Values {
     }
 }
 
-fn add_to_sqlite(to: &mut SqliteArguments, value: Value) -> Result<()> {
+/// Adds a value for SQLite.
+pub(super) fn add_to_sqlite(to: &mut SqliteArguments, value: Value) -> Result<()> {
     match value {
         Value::Int(value) => to.add(value),
         Value::Bool(value) => to.add(value),

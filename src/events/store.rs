@@ -1,4 +1,9 @@
 //! SQL of the `task_events` table.
+//!
+//! `position` orders entries for watchers: it follows the order of commits as long as one ledger
+//! appends at a time, which holds on SQLite and for one server on Postgres. Among several, a
+//! lower position may become visible after a higher one; what numbers a task's own entries,
+//! `sequence`, is right in any case, since it is given under the revision of the task's row.
 
 use bytes::Bytes;
 
@@ -73,6 +78,15 @@ pub async fn list(tx: &mut Tx, task: TaskId, after: u64, limit: u32) -> Result<V
     tx.query(LIST).bind(task).bind(after).bind(limit).all().await
 }
 
+const FRAME: Sql = Sql::new("SELECT frame FROM task_events WHERE task_id = $1 AND sequence = $2");
+
+/// Whether this very entry is there.
+pub async fn is_stored(tx: &mut Tx, event: &NewEvent) -> Result<bool> {
+    let query = tx.query(FRAME).bind(event.task).bind(event.sequence as i64);
+    let found: Option<(Bytes,)> = query.first().await?;
+    Ok(found.is_some_and(|(frame,)| frame == event.frame))
+}
+
 const NEWEST: Sql = Sql::new("SELECT max(position) FROM task_events");
 
 /// The position of the newest entry of all; 0 when there is none.
@@ -81,16 +95,29 @@ pub async fn newest(tx: &mut Tx) -> Result<i64> {
     Ok(position.unwrap_or(0))
 }
 
-const AFTER: Sql = Sql::new(
-    "SELECT e.position, e.task_id, e.sequence, e.frame
-     FROM task_events e JOIN tasks t ON t.id = e.task_id
-     WHERE e.position > $1 AND e.namespace = $2
-       AND ($3 IS NULL OR t.model = $3) AND ($4 IS NULL OR t.session_id = $4)
-       AND NOT EXISTS (
-         SELECT 1 FROM json_each($5) wanted
-         WHERE NOT EXISTS (SELECT 1 FROM json_each(t.labels) have
-                           WHERE have.key = wanted.key AND have.value = wanted.value))
-     ORDER BY e.position LIMIT $6",
+/// What follows a position, but for what the engines write differently.
+macro_rules! after {
+    ($with_labels:literal) => {
+        concat!(
+            "SELECT e.position, e.task_id, e.sequence, e.frame
+             FROM task_events e JOIN tasks t ON t.id = e.task_id
+             WHERE e.position > $1 AND e.namespace = $2
+               AND (t.model = $3 OR $3 IS NULL) AND (t.session_id = $4 OR $4 IS NULL)
+               AND ",
+            $with_labels,
+            " ORDER BY e.position LIMIT $6"
+        )
+    };
+}
+
+const AFTER: Sql = Sql::each(
+    after!(
+        "NOT EXISTS (
+           SELECT 1 FROM json_each($5) wanted
+           WHERE NOT EXISTS (SELECT 1 FROM json_each(t.labels) have
+                             WHERE have.key = wanted.key AND have.value = wanted.value))"
+    ),
+    after!("t.labels @> $5::jsonb"),
 );
 
 /// A namespace's entries above a position, in the order of their commits, with the highest
@@ -139,6 +166,7 @@ impl FromRow for Event {
 pub const STATEMENTS: &[Statement] = &[
     Statement::Rows(&APPEND),
     Statement::Query(LIST),
+    Statement::Query(FRAME),
     Statement::Query(NEWEST),
     Statement::Query(AFTER),
 ];

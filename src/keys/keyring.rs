@@ -338,7 +338,7 @@ mod tests {
 
     async fn keyring() -> (tempfile::TempDir, Keyring, Clock) {
         let dir = tempfile::tempdir().unwrap();
-        let db = Db::open(&dir.path().join("baton.db")).await.unwrap();
+        let db = crate::db::testing::open(dir.path()).await;
         let clock = Clock::manual();
         let keyring = Keyring::open(db, clock.clone(), Entropy::seeded(1), false).await.unwrap();
         (dir, keyring, clock)
@@ -453,7 +453,7 @@ mod tests {
         assert!(keyring.bootstrap().await.unwrap().is_none());
         let task = TaskId::new(clock.now(), &Entropy::seeded(2));
         let token = keyring.signer().attempt_token(&"a".into(), task, 1, Duration::from_mins(1));
-        let db = Db::open(&dir.path().join("baton.db")).await.unwrap();
+        let db = crate::db::testing::open(dir.path()).await;
         let again = Keyring::open(db, clock, Entropy::seeded(9), false).await.unwrap();
         assert_eq!(again.check(Some(&token)).await.unwrap().principal.attempt(), Some((task, 1)));
     }

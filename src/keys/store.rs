@@ -89,7 +89,7 @@ const LIST: Sql = Sql::new(concat!(
     "SELECT ",
     columns!(),
     " FROM api_keys
-     WHERE ($1 IS NULL OR namespace = $1) AND (create_time, id) < ($2, $3)
+     WHERE (namespace = $1 OR $1 IS NULL) AND (create_time, id) < ($2, $3)
      ORDER BY create_time DESC, id DESC LIMIT $4"
 ));
 
@@ -106,7 +106,7 @@ pub async fn list(
 
 const REVOKE: Sql = Sql::new(concat!(
     "UPDATE api_keys SET revoke_time = COALESCE(revoke_time, $3)
-     WHERE id = $1 AND ($2 IS NULL OR namespace = $2) RETURNING ",
+     WHERE id = $1 AND (namespace = $2 OR $2 IS NULL) RETURNING ",
     columns!()
 ));
 

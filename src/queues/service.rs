@@ -141,7 +141,7 @@ mod tests {
 
     async fn service(dir: &tempfile::TempDir) -> Service {
         let clock = Clock::manual();
-        let db = Db::open(&dir.path().join("baton.db")).await.unwrap();
+        let db = crate::db::testing::open(dir.path()).await;
         let queue = Queue::new(Limits::default(), clock.clone());
         super::super::load(&db, &queue).await.unwrap();
         Service::new(db, queue, clock)

@@ -1,8 +1,11 @@
-//! What grows old: remembered `request_ids`.
+//! What grows old: remembered `request_ids`, and ended tasks by the operator's policy.
 
 use std::time::Duration;
 
-use super::store;
+use super::{
+    reads::{self, Ended},
+    store,
+};
 use crate::{
     clock::{Clock, Micros},
     db::Db,
@@ -13,9 +16,44 @@ use crate::{
 const EVERY: Duration = Duration::from_mins(10);
 /// Rows deleted in one transaction, so that none waits long behind it.
 const CHUNK: u32 = 1000;
+/// Tasks deleted in one transaction, with what hangs on them.
+const TASKS: u32 = 200;
+
+/// How long ended tasks are kept; for ever when unset.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Retention {
+    /// Ended tasks, dead letters excepted.
+    pub ended_tasks: Option<Duration>,
+    /// Dead letters.
+    pub dead_letters: Option<Duration>,
+}
+
+/// What was deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Ended tasks.
+    pub tasks: u64,
+    /// Dead letters.
+    pub dead_letters: u64,
+    /// Remembered `request_ids`.
+    pub request_ids: u64,
+}
+
+/// Deletes what is old enough.
+pub async fn run_once(db: &Db, now: Micros, retention: Retention) -> Result<Collected> {
+    let mut collected =
+        Collected { request_ids: forget_requests(db, now).await?, ..Collected::default() };
+    if let Some(kept) = retention.ended_tasks {
+        collected.tasks = delete_ended(db, Ended::Done, now - kept).await?;
+    }
+    if let Some(kept) = retention.dead_letters {
+        collected.dead_letters = delete_ended(db, Ended::Dead, now - kept).await?;
+    }
+    Ok(collected)
+}
 
 /// Forgets `request_ids` that no longer count; returns how many.
-pub async fn run_once(db: &Db, now: Micros) -> Result<u64> {
+async fn forget_requests(db: &Db, now: Micros) -> Result<u64> {
     let before = now - store::REQUEST_ID_TTL;
     let mut n_forgotten = 0;
     loop {
@@ -30,12 +68,35 @@ pub async fn run_once(db: &Db, now: Micros) -> Result<u64> {
     }
 }
 
-/// Forgets now and then, for ever.
-pub async fn run(db: Db, clock: Clock) -> anyhow::Result<()> {
+/// Deletes tasks that ended before a time; returns how many. Their transcripts, which nothing
+/// refers to then, are collected by the archiver.
+async fn delete_ended(db: &Db, which: Ended, before: Micros) -> Result<u64> {
+    let mut after = None;
+    let mut n_deleted = 0;
+    loop {
+        let read = db.read(move |tx| {
+            Box::pin(async move { reads::ended_page(tx, which, before, after, TASKS).await })
+        });
+        let page = read.await?;
+        let Some(last) = page.last() else { return Ok(n_deleted) };
+        after = Some(*last);
+        n_deleted += page.len() as u64;
+        let mut script = db.script();
+        store::delete(&mut script, &page)?;
+        db.write(|tx| Box::pin(script.run(tx))).await?;
+    }
+}
+
+/// Deletes what is old enough now and then, for ever.
+pub async fn run(db: Db, clock: Clock, retention: Retention) -> anyhow::Result<()> {
     loop {
         clock.sleep(EVERY).await;
-        if let Err(error) = run_once(&db, clock.now()).await {
-            tracing::warn!(%error, "old request_ids are kept until the next round");
+        match run_once(&db, clock.now(), retention).await {
+            Ok(collected) if collected != Collected::default() => {
+                tracing::info!(?collected, "old rows were deleted");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "old rows are kept until the next round"),
         }
     }
 }

@@ -78,7 +78,11 @@ pub async fn insert(tx: &mut Tx, artifact: &Artifact) -> Result<()> {
     add.run().await.map(drop)
 }
 
-const USAGE: Sql = Sql::new("SELECT bytes FROM artifact_usage WHERE namespace = $1");
+const USAGE: Sql = Sql::each(
+    "SELECT bytes FROM artifact_usage WHERE namespace = $1",
+    "INSERT INTO artifact_usage (namespace, artifacts, bytes) VALUES ($1, 0, 0)
+     ON CONFLICT (namespace) DO UPDATE SET bytes = artifact_usage.bytes RETURNING bytes",
+);
 
 /// Bytes that a namespace keeps, and no other transaction adds any until this one ends.
 pub async fn hold_usage(tx: &mut Tx, namespace: &Namespace) -> Result<u64> {
@@ -167,7 +171,10 @@ macro_rules! read_by {
     };
 }
 
-const HOLD: Sql = Sql::new("SELECT id FROM artifacts WHERE id = $1");
+const HOLD: Sql = Sql::each(
+    "SELECT id FROM artifacts WHERE id = $1",
+    "SELECT id FROM artifacts WHERE id = $1 FOR UPDATE",
+);
 const DELETE: Sql = Sql::new(concat!(
     "DELETE FROM artifacts WHERE id = $1 AND NOT EXISTS (SELECT 1 ",
     read_by!("artifacts.id", "$2"),
@@ -197,7 +204,11 @@ pub async fn delete(tx: &mut Tx, id: ArtifactId, now: Micros) -> Result<bool> {
 const RUNS: Sql = Sql::new(
     "SELECT id FROM tasks WHERE id = $1 AND namespace = $2 AND attempt = $3 AND state = 'RUNNING'",
 );
-const HOLD_LEASE: Sql = RUNS;
+const HOLD_LEASE: Sql = Sql::each(
+    RUNS.sqlite,
+    "SELECT id FROM tasks WHERE id = $1 AND namespace = $2 AND attempt = $3 AND state = 'RUNNING'
+     FOR SHARE",
+);
 
 /// What a transaction does with a lease that it found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,9 +231,11 @@ pub async fn runs(
     Ok(found.await?.is_some())
 }
 
-const HOLD_INPUT: Sql = Sql::new(
+const HOLD_INPUT: Sql = Sql::each(
     "SELECT id FROM artifacts
      WHERE id = $1 AND namespace = $2 AND (expire_time IS NULL OR expire_time > $3)",
+    "SELECT id FROM artifacts
+     WHERE id = $1 AND namespace = $2 AND (expire_time IS NULL OR expire_time > $3) FOR SHARE",
 );
 const REFER: Sql = Sql::new(
     "INSERT INTO artifact_inputs (artifact_id, task_id, create_time) VALUES ($1, $2, $3)
@@ -276,7 +289,8 @@ macro_rules! condemned {
     };
 }
 
-const CONDEMNED: Sql = Sql::new(condemned!());
+const CONDEMNED: Sql =
+    Sql::each(condemned!(), concat!(condemned!(), " FOR UPDATE OF a SKIP LOCKED"));
 
 /// Artifacts that nothing keeps: expired, or made by a task that is gone. None that a task reads
 /// which has not ended.

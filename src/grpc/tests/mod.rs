@@ -38,7 +38,6 @@ use super::{
 use crate::{
     clock::Clock,
     config::{self, Config},
-    db::Db,
     id::Entropy,
     keys::{Keyring, Principal, Scope, Scopes},
     pb::{
@@ -129,7 +128,7 @@ impl Bench {
         config.auth.required = false;
         adjust(&mut config);
         let dir = tempfile::tempdir().unwrap();
-        let db = Db::open(&dir.path().join("baton.db")).await.unwrap();
+        let db = crate::db::testing::open(dir.path()).await;
         let (clock, entropy) = (Clock::system(), Entropy::seeded(1));
         let keyring = Keyring::open(db, clock, entropy.clone(), !config.auth.required).await;
         let keyring = keyring.unwrap();

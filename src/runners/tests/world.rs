@@ -69,7 +69,7 @@ impl World {
     async fn open(dir: Arc<tempfile::TempDir>, starts: Starts) -> Self {
         let clock = Clock::manual();
         let parts = Parts {
-            db: Db::open(&dir.path().join("baton.db")).await.unwrap(),
+            db: crate::db::testing::open(dir.path()).await,
             blobs: crate::blob::Blobs::open(dir.path().join("transcripts")).await.unwrap(),
             queue: Queue::new(queue::Limits::default(), clock.clone()),
             clock: clock.clone(),

@@ -1,6 +1,7 @@
 //! One transaction's worth of commands: loaded, applied in memory, saved.
 
 use std::{
+    cmp::Reverse,
     collections::{HashMap, HashSet},
     sync::Arc,
 };
@@ -51,9 +52,13 @@ pub(super) struct Batch {
     known: HashMap<(Namespace, String), Request>,
     events: Vec<NewEvent>,
     segments: Vec<SegmentRow>,
-    reservations: Vec<(TaskId, u32, u64)>,
     requests: Vec<Request>,
-    retries: Vec<(TaskId, TaskId)>,
+    /// Requests in whose place others are remembered.
+    replaced: Vec<Request>,
+    /// The retry of each ended task.
+    retries: HashMap<TaskId, TaskId>,
+    /// Tasks whose segments are written without a move of theirs.
+    recorded: HashSet<TaskId>,
     frozen: Vec<(Arc<Log>, u32)>,
 }
 
@@ -69,9 +74,10 @@ impl Batch {
             known: HashMap::new(),
             events: Vec::new(),
             segments: Vec::new(),
-            reservations: Vec::new(),
             requests: Vec::new(),
-            retries: Vec::new(),
+            replaced: Vec::new(),
+            retries: HashMap::new(),
+            recorded: HashSet::new(),
             frozen: Vec::new(),
         }
     }
@@ -107,13 +113,7 @@ impl Batch {
     }
 
     /// Reads what the commands are about: from `open`, else from the database.
-    pub(super) async fn load(
-        &mut self,
-        tx: &mut Tx,
-        open: &OpenTasks,
-        parts: &Parts,
-    ) -> Result<()> {
-        let since = parts.clock.now() - store::REQUEST_ID_TTL;
+    pub(super) async fn load(&mut self, tx: &mut Tx, open: &OpenTasks) -> Result<()> {
         let keys: Vec<(&str, &str)> = self
             .commands
             .iter()
@@ -122,7 +122,7 @@ impl Batch {
                 _ => None,
             })
             .collect();
-        let known = store::find_requests(tx, &keys, since).await?;
+        let known = store::find_requests(tx, &keys).await?;
         let mut wanted: HashSet<TaskId> = known.iter().map(|request| request.task).collect();
         for command in &self.commands {
             match &command.ask {
@@ -190,7 +190,9 @@ impl Batch {
 
     fn submit(&mut self, new: &NewTask, parts: &Parts, now: Micros) -> Result<Answer> {
         let key = new.request_id.as_ref().map(|id| (new.namespace.clone(), id.clone()));
-        if let Some(known) = key.as_ref().and_then(|key| self.known.get(key)) {
+        let since = now - store::REQUEST_ID_TTL;
+        let known = key.as_ref().and_then(|key| self.known.get(key));
+        if let Some(known) = known.filter(|known| known.create_time >= since) {
             let task = self.rows.get(&known.task).filter(|row| !row.deleted);
             if known.digest != new.digest && !faults::planted(Fault::IgnoreRequestDigests) {
                 return Err(Error::new(
@@ -223,7 +225,7 @@ impl Batch {
             }
         }
         let id = new.id.unwrap_or_else(|| TaskId::new(now, &parts.entropy));
-        let task = Arc::new(new_task(new, id, now));
+        let task = Arc::new(new.task(id, now));
         if let Some((namespace, request_id)) = key {
             let request = Request {
                 namespace: namespace.clone(),
@@ -233,12 +235,12 @@ impl Batch {
                 create_time: now,
             };
             self.requests.push(request.clone());
-            self.known.insert((namespace, request_id), request);
+            self.replaced.extend(self.known.insert((namespace, request_id), request));
         }
         if let Some(row) = new.retry_of.and_then(|of| self.rows.get_mut(&of)) {
             let mut ended = Task::clone(&row.task);
             ended.retried_by = Some(task.id);
-            self.retries.push((ended.id, task.id));
+            self.retries.insert(ended.id, task.id);
             row.task = Arc::new(ended);
         }
         let (sequence, entry) = state::first_entry(&task);
@@ -351,17 +353,26 @@ impl Batch {
     /// Keeps the segments of attempts that still run.
     fn record(&mut self, segments: &[SegmentData], now: Micros) {
         for segment in segments {
-            let Some(row) = self.rows.get(&segment.task) else { continue };
+            let Some(row) = self.rows.get_mut(&segment.task) else { continue };
             if row.task.state != State::Running || row.task.attempt != segment.attempt {
                 continue;
             }
             let namespace = row.task.namespace.clone();
+            if let Some(reserved) = segment.reserve_to.filter(|to| *to > row.task.reserved_sequence)
+            {
+                // What ends the attempt, here or on another server, must know of it.
+                let task = Task::clone(&row.task);
+                let revision = task.revision + 1;
+                row.task = Arc::new(Task { reserved_sequence: reserved, revision, ..task });
+                self.effects.push(Effect::Reserved(row.task.clone()));
+            }
+            self.recorded.insert(segment.task);
             self.segment(segment, &namespace, now);
         }
     }
 
     fn segment(&mut self, segment: &SegmentData, namespace: &Namespace, now: Micros) {
-        let SegmentData { task, attempt, first, last, frames, timeline, reserve_to } = segment;
+        let SegmentData { task, attempt, first, last, frames, timeline, reserve_to: _ } = segment;
         if !frames.is_empty() {
             self.segments.push(SegmentRow {
                 task: *task,
@@ -370,9 +381,6 @@ impl Batch {
                 last: *last,
                 frames: frames.clone(),
             });
-        }
-        if let Some(reserve_to) = reserve_to {
-            self.reservations.push((*task, *attempt, *reserve_to));
         }
         for (sequence, frame) in timeline {
             self.events.push(NewEvent {
@@ -406,26 +414,58 @@ impl Batch {
     pub(super) fn script(&self, mut script: Script) -> Result<Script> {
         let mut new = Vec::new();
         let mut moved = Vec::new();
+        let mut relied = Vec::new();
         let mut deleted = Vec::new();
-        for row in self.rows.values() {
-            match row.stored {
-                _ if row.deleted => deleted.push(row.task.id),
-                None => new.push(&*row.task),
-                Some(was) if was != row.task.revision => moved.push((was, &*row.task)),
-                Some(_) => {}
+        let mut retries = Vec::new();
+        for (id, row) in &self.rows {
+            let Some(was) = row.stored else {
+                new.push(&*row.task);
+                continue;
+            };
+            let retry = self.retries.get(id);
+            if row.deleted {
+                deleted.push(*id);
+            } else if was != row.task.revision {
+                moved.push((was, &*row.task));
+            }
+            retries.extend(retry.map(|new| (*id, was, *new)));
+            if row.deleted || was == row.task.revision && self.recorded.contains(id) {
+                relied.push((*id, was));
             }
         }
-        // Ids ascend with creation, and so do the pages of the index.
+        // Ids ascend with creation, and so do the pages of the index; and transactions that
+        // lock in the same order do not wait for each other in a circle.
         new.sort_unstable_by_key(|task| task.id);
+        moved.sort_unstable_by_key(|(_, task)| task.id);
+        relied.sort_unstable();
+        // The longest of those that begin at the same place.
+        let mut segments: Vec<_> = self.segments.iter().collect();
+        segments.sort_by_key(|segment| (segment.task, segment.first, Reverse(segment.last)));
+        segments.dedup_by_key(|segment| (segment.task, segment.first));
+        store::fence(&mut script, &relied)?;
         store::insert(&mut script, &new)?;
         store::update(&mut script, &moved)?;
-        store::reserve(&mut script, &self.reservations)?;
-        store::link_retries(&mut script, &self.retries)?;
+        store::link_retries(&mut script, &retries)?;
+        store::remove_requests(&mut script, &self.replaced)?;
         store::insert_requests(&mut script, &self.requests)?;
-        store::insert_segments(&mut script, &self.segments)?;
+        store::insert_segments(&mut script, &segments)?;
         events::append(&mut script, &self.events)?;
         store::delete(&mut script, &deleted)?;
         Ok(script)
+    }
+
+    /// Whether a transaction of this batch took place. It did as a whole or not at all, and every
+    /// command that must not be done twice appends an entry.
+    pub(super) async fn is_stored(&self, tx: &mut Tx) -> Result<bool> {
+        match self.events.first() {
+            Some(event) => events::is_stored(tx, event).await,
+            None => Ok(false),
+        }
+    }
+
+    /// The tasks that it read.
+    pub(super) fn ids(&self) -> impl Iterator<Item = TaskId> {
+        self.rows.keys().copied()
     }
 }
 
@@ -434,34 +474,5 @@ impl Drop for Batch {
         for (log, attempt) in &self.frozen {
             log.thaw(*attempt);
         }
-    }
-}
-
-pub(super) fn new_task(new: &NewTask, id: TaskId, now: Micros) -> Task {
-    Task {
-        id,
-        namespace: new.namespace.clone(),
-        spec: new.spec.clone(),
-        state: State::Queued,
-        attempt: 0,
-        failed: 0,
-        lost: 0,
-        handed_back: 0,
-        create_time: now,
-        start_time: None,
-        end_time: None,
-        not_before: new.not_before,
-        runner: None,
-        base_sequence: 0,
-        last_sequence: 1,
-        reserved_sequence: 1,
-        result: None,
-        error: None,
-        usage: None,
-        revision: 1,
-        request_id: new.request_id.clone(),
-        retry_of: new.retry_of,
-        retried_by: None,
-        traceparent: new.traceparent.clone(),
     }
 }

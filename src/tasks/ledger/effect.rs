@@ -15,6 +15,8 @@ use crate::{
 pub(super) enum Effect {
     /// A task was accepted.
     Accepted(Arc<Task>),
+    /// A running attempt may use more sequences.
+    Reserved(Arc<Task>),
     /// An attempt began.
     Started {
         /// The task as it was.

@@ -1,35 +1,47 @@
-//! The ledger: the only writer of task state.
+//! The ledger: this server's only writer of task state.
 //!
 //! A loop takes every command that waits, loads the rows concerned, applies the state machine
 //! to them in order, writes rows and entries in one transaction, and answers after the commit.
 //! So a commit is shared by whatever came in while the last one was being synced, and nothing
 //! waits for a timer. After the commit it tells the relay, the queue, the timers and the tail;
 //! each of those can lose what it was told, and a sweep makes it good.
+//!
+//! Other servers may write to the same database. Whatever a batch decides, it decides from rows
+//! at certain revisions: it moves a row only from that revision, holds rows that it relies on
+//! without moving them, and remembers a `request_id` only if nobody did meanwhile. If any of
+//! that fails, nothing of the batch is done, and it is decided anew from rows read again. Every
+//! change of a row raises its revision, the reservation of sequences too: so whoever ends an
+//! attempt that runs elsewhere knows how far its sequences may have been shown.
+//!
+//! If the connection is lost during a commit, the ledger finds out what became of it before it
+//! answers.
 
 mod batch;
 mod effect;
 mod open;
 mod publish;
 mod refused;
+#[cfg(test)]
+mod rivals;
 mod starts;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};
 
 use self::{batch::Batch, open::OpenTasks};
 pub use self::{publish::queue_entry, refused::lease_lost, starts::Starter};
 use super::{
-    model::{Spec, Task},
+    model::{Spec, State, Task},
     state,
     timers::Timers,
 };
 use crate::{
     blob::Blobs,
     clock::{Clock, Micros},
-    db::Db,
+    db::{self, Db, Engine},
     error::{Error, Reason, Result},
     events::Tail,
     faults::{self, Fault},
@@ -43,6 +55,13 @@ use crate::{
 const WAITING: usize = 8192;
 /// Most commands in one transaction, so that none waits long for its neighbours.
 const BATCH: usize = 512;
+/// How often a batch is decided anew because other servers were faster, before its commands are
+/// tried one by one.
+const TRIES: usize = 4;
+/// How long the fate of a commit is looked for.
+const READ_BACK: Duration = Duration::from_mins(1);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// A task to accept.
 #[derive(Clone, Debug)]
@@ -63,6 +82,38 @@ pub struct NewTask {
     pub retry_of: Option<TaskId>,
     /// W3C trace context.
     pub traceparent: Option<String>,
+}
+
+impl NewTask {
+    /// The task that it makes.
+    fn task(&self, id: TaskId, now: Micros) -> Task {
+        Task {
+            id,
+            namespace: self.namespace.clone(),
+            spec: self.spec.clone(),
+            state: State::Queued,
+            attempt: 0,
+            failed: 0,
+            lost: 0,
+            handed_back: 0,
+            create_time: now,
+            start_time: None,
+            end_time: None,
+            not_before: self.not_before,
+            runner: None,
+            base_sequence: 0,
+            last_sequence: 1,
+            reserved_sequence: 1,
+            result: None,
+            error: None,
+            usage: None,
+            revision: 1,
+            request_id: self.request_id.clone(),
+            retry_of: self.retry_of,
+            retried_by: None,
+            traceparent: self.traceparent.clone(),
+        }
+    }
 }
 
 /// An accepted task.
@@ -123,7 +174,8 @@ struct Command {
 #[derive(Clone, Debug)]
 pub struct Ledger {
     commands: mpsc::Sender<Command>,
-    open: OpenTasks,
+    /// Rows that readers may be given: none where other servers write too.
+    readable: Option<OpenTasks>,
 }
 
 /// What the loop works with.
@@ -153,7 +205,7 @@ pub struct Parts {
 pub struct Writer {
     commands: mpsc::Receiver<Command>,
     parts: Parts,
-    /// Rows of open tasks, as they are in the database: this loop is their only writer.
+    /// Rows of open tasks, as this loop knows them.
     open: OpenTasks,
     starter: Option<Starter>,
 }
@@ -162,8 +214,9 @@ pub struct Writer {
 pub fn new(parts: Parts) -> (Ledger, Writer) {
     let (sender, commands) = mpsc::channel(WAITING);
     let open = OpenTasks::default();
+    let alone = parts.db.engine() == Engine::Sqlite;
     (
-        Ledger { commands: sender, open: open.clone() },
+        Ledger { commands: sender, readable: alone.then(|| open.clone()) },
         Writer { commands, parts, open, starter: None },
     )
 }
@@ -172,7 +225,7 @@ impl Ledger {
     /// An open task as it was committed last, without a look into the database; `None` when
     /// its row is not at hand.
     pub fn open_task(&self, id: TaskId) -> Option<Arc<Task>> {
-        self.open.get(id)
+        self.readable.as_ref()?.get(id)
     }
 
     /// Accepts tasks; each has its own outcome.
@@ -237,7 +290,7 @@ impl Ledger {
 
 /// The task that a submit at `now` would make, for an estimate.
 pub fn prospect(new: &NewTask, now: Micros) -> Task {
-    batch::new_task(new, TaskId::MAX, now)
+    new.task(TaskId::MAX, now)
 }
 
 fn applied(answer: Answer) -> Option<Arc<Task>> {
@@ -264,25 +317,44 @@ impl Writer {
         if self.commands.recv_many(commands, BATCH).await == 0 {
             return false;
         }
-        let mut batch = Batch::new(std::mem::take(commands));
-        match self.commit(&mut batch).await {
-            Ok(()) => self.publish(batch),
-            Err(error) if error.reason() == Reason::StorageUnavailable || batch.len() == 1 => {
-                self.fail(batch, &error);
-            }
-            Err(error) => {
-                // One command's row was refused; the others shall not suffer for it.
-                tracing::error!(error = ?error, "a batch was refused; committing one by one");
-                for command in batch.into_commands() {
-                    let mut batch = Batch::new(vec![command]);
-                    match self.commit(&mut batch).await {
-                        Ok(()) => self.publish(batch),
-                        Err(error) => self.fail(batch, &error),
-                    }
+        let batch = self.decide(std::mem::take(commands)).await;
+        if let Some((commands, error)) = batch {
+            // One command's row was refused; the others shall not suffer for it.
+            tracing::error!(error = ?error, "a batch was refused; committing one by one");
+            for command in commands {
+                if let Some((commands, error)) = self.decide(vec![command]).await {
+                    self.fail(Batch::new(commands), &error);
                 }
             }
         }
         true
+    }
+
+    /// Commits and publishes a batch. Returns the commands that should be tried by themselves,
+    /// or of which the only one was refused.
+    async fn decide(&mut self, mut commands: Vec<Command>) -> Option<(Vec<Command>, Error)> {
+        let mut tries = 0;
+        loop {
+            let mut batch = Batch::new(commands);
+            let error = match self.commit(&mut batch).await {
+                Ok(()) => {
+                    self.publish(batch);
+                    return None;
+                }
+                Err(error) => error,
+            };
+            tries += 1;
+            if error.reason() == Reason::StorageUnavailable {
+                self.fail(batch, &error);
+                return None;
+            }
+            if error.reason() != Reason::Conflict || tries == TRIES {
+                return Some((batch.into_commands(), error));
+            }
+            tracing::debug!(%error, "another server was faster; deciding anew");
+            batch.ids().for_each(|id| self.open.remove(id));
+            commands = batch.into_commands();
+        }
     }
 
     async fn commit(&mut self, batch: &mut Batch) -> Result<()> {
@@ -295,7 +367,7 @@ impl Writer {
         let db = self.parts.db.clone();
         let mut write = db.prepare().await?;
         let script = async {
-            batch.load(write.tx(), &self.open, &self.parts).await?;
+            batch.load(write.tx(), &self.open).await?;
             batch.apply(&self.parts);
             self.start_accepted(batch, write.tx()).await?;
             if faults::planted(Fault::AckBeforeCommit) {
@@ -307,6 +379,10 @@ impl Writer {
             Ok(script) => write.commit_with(script).await,
             Err(error) => Err(write.rollback(error).await),
         };
+        let done = match done {
+            Err(error) if db::is_unknown(&error) => self.read_back(batch, error).await,
+            done => done,
+        };
         if let Err(error) = done {
             self.undo_starts(batch);
             return Err(error);
@@ -315,6 +391,35 @@ impl Writer {
         self.parts.metrics.ledger_batch.observe(batch.len() as f64);
         self.parts.metrics.ledger_commit_seconds.observe(took.as_secs_f64());
         Ok(())
+    }
+
+    /// Finds out what became of a commit during which the connection was lost.
+    async fn read_back(&self, batch: &Batch, unknown: Error) -> Result<()> {
+        let clock = &self.parts.clock;
+        let began = clock.mono();
+        loop {
+            let stored = async {
+                let mut write = self.parts.db.begin_after_last().await?;
+                let stored = batch.is_stored(write.tx()).await;
+                match stored {
+                    Ok(stored) => write.commit().await.map(|()| stored),
+                    Err(error) => Err(write.rollback(error).await),
+                }
+            };
+            match stored.await {
+                Ok(true) => return Ok(()),
+                Ok(false) => return Err(unknown),
+                Err(error) if clock.mono().since(began) > READ_BACK => {
+                    return Err(Error::new(
+                        error.kind(),
+                        error.reason(),
+                        "storage was lost during the commit; look before you try again",
+                    )
+                    .caused_by(error));
+                }
+                Err(_) => clock.sleep(LOOK).await,
+            }
+        }
     }
 
     /// Answers a batch that was not committed. Its fate may be unknown after an I/O error, so

@@ -1,5 +1,9 @@
-//! Rows of open tasks, as they are in the database. The ledger writes them here after the
+//! Rows of open tasks, as they were in the database last. The ledger writes them here after the
 //! commit and before it answers, so that a reader finds at least what it was told.
+//!
+//! Where other servers write too, a row here may be behind the database. The ledger may start
+//! from it all the same, since what it writes then is refused unless the revision is still the
+//! same; but readers are not given it.
 
 use std::{collections::HashMap, sync::Arc};
 

@@ -27,6 +27,7 @@ impl Writer {
                     self.parts.metrics.submits.inc();
                     self.open.keep(task);
                 }
+                Effect::Reserved(task) => self.open.keep(task),
                 Effect::Started { was, now } => {
                     let ready = was.not_before.unwrap_or(was.create_time);
                     let waited = now.start_time.unwrap_or(ready).since(ready);

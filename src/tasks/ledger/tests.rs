@@ -19,19 +19,26 @@ pub struct Bench {
     pub ledger: Ledger,
     /// What it works with.
     pub parts: Parts,
-    dir: tempfile::TempDir,
+    dir: Arc<tempfile::TempDir>,
 }
 
 impl Bench {
     pub async fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let clock = Clock::manual();
+        Self::on(Arc::new(tempfile::tempdir().unwrap()), Clock::manual()).await
+    }
+
+    /// Another server's, on the same database.
+    pub async fn rival(&self) -> Self {
+        Self::on(self.dir.clone(), self.parts.clock.clone()).await
+    }
+
+    async fn on(dir: Arc<tempfile::TempDir>, clock: Clock) -> Self {
         let parts = Parts {
-            db: Db::open(&dir.path().join("baton.db")).await.unwrap(),
+            db: crate::db::testing::open(dir.path()).await,
             blobs: Blobs::open(dir.path().join("transcripts")).await.unwrap(),
             queue: Queue::new(queue::Limits::default(), clock.clone()),
             clock,
-            entropy: Entropy::seeded(7),
+            entropy: Entropy::system(),
             relay: Relay::new(Limits::default()),
             timers: Timers::default(),
             tail: Tail::default(),
@@ -118,7 +125,7 @@ pub fn new_task() -> NewTask {
     }
 }
 
-fn broken() -> Outcome {
+pub fn broken() -> Outcome {
     Outcome::from(Failure {
         reason: "TASK_FAILED".into(),
         message: "boom".into(),
@@ -134,7 +141,7 @@ async fn a_task_goes_from_submit_to_its_end() {
     assert!(bench.parts.queue.contains(task.id));
     let task = bench.start(task.id).await.unwrap();
     assert_eq!((task.state, task.attempt), (State::Running, 1));
-    let ended = bench.finish(&task, Outcome::Success(Some("{\"a\":1}".into()))).await.unwrap();
+    let ended = bench.finish(&task, Outcome::Success(Some("{\"a\": 1}".into()))).await.unwrap();
     assert_eq!(ended.state, State::Succeeded);
     assert_eq!(bench.get(task.id).await, *ended);
     let timeline = bench.timeline(task.id).await;

@@ -108,11 +108,11 @@ impl Service {
                     let since = self.parts.clock.now() - store::REQUEST_ID_TTL;
                     let known = self.parts.db.read(move |tx| {
                         Box::pin(async move {
-                            store::find_requests(tx, &[(key.0.as_str(), key.1.as_str())], since)
-                                .await
+                            store::find_requests(tx, &[(key.0.as_str(), key.1.as_str())]).await
                         })
                     });
-                    if known.await?.is_empty() { Err(error) } else { Ok(None) }
+                    let counts = known.await?.iter().any(|known| known.create_time >= since);
+                    if counts { Ok(None) } else { Err(error) }
                 }
                 None => Err(error),
             },

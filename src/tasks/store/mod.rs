@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::{
     clock::Micros,
-    db::{Bulk, FromRow, Json, Row, Script, Sql, Statement, Tx, Type, Values},
+    db::{Bulk, Engine, FromRow, Json, Row, Script, Sql, Statement, Tx, Type, Values},
     error::{Error, Result},
     faults::{self, Fault},
     id::{Namespace, TaskId},
@@ -78,11 +78,10 @@ impl FromRow for TaskRow {
     }
 }
 
-const LOAD: Sql = Sql::new(concat!(
-    "SELECT ",
-    columns!(),
-    " FROM tasks WHERE id IN (SELECT value FROM json_each($1))"
-));
+const LOAD: Sql = Sql::each(
+    concat!("SELECT ", columns!(), " FROM tasks WHERE id IN (SELECT value FROM json_each($1))"),
+    concat!("SELECT ", columns!(), " FROM tasks WHERE id = ANY ($1)"),
+);
 
 /// The tasks with these ids, in no order; unknown ids are absent.
 pub async fn load(tx: &mut Tx, ids: &[TaskId]) -> Result<Vec<Task>> {
@@ -152,8 +151,7 @@ static UPDATE: Bulk = Bulk::new(
          lost = m.lost, handed_back = m.handed_back, start_time = m.start_time,
          end_time = m.end_time, not_before = m.not_before, runner_id = m.runner_id,
          base_sequence = m.base_sequence, last_sequence = m.last_sequence,
-         reserved_sequence = CASE WHEN tasks.reserved_sequence > m.reserved_sequence
-                                  THEN tasks.reserved_sequence ELSE m.reserved_sequence END,
+         reserved_sequence = m.reserved_sequence,
          result = m.result, error = m.error, usage = m.usage
      FROM moved m WHERE tasks.id = m.id AND tasks.revision = m.was",
 );
@@ -187,35 +185,36 @@ fn bind_moving(row: &mut Values, task: &Task) -> Result<()> {
     Ok(())
 }
 
-static RESERVE: Bulk = Bulk::new(
-    "WITH wanted (id, attempt, reserved) AS (",
-    &[Type::Id, Type::Int, Type::Int],
+static FENCE: Bulk = Bulk::new(
+    "WITH relied (id, was) AS (",
+    &[Type::Id, Type::Int],
     ")
-     UPDATE tasks SET reserved_sequence = w.reserved FROM wanted w
-     WHERE tasks.id = w.id AND tasks.attempt = w.attempt AND tasks.reserved_sequence < w.reserved",
+     SELECT 1 FROM tasks JOIN relied r ON tasks.id = r.id WHERE tasks.revision = r.was
+     FOR SHARE OF tasks",
 );
 
-/// Raises the reservations of running attempts, as (task, attempt, highest sequence); each
-/// task at most once.
-pub fn reserve(script: &mut Script, reservations: &[(TaskId, u32, u64)]) -> Result<()> {
-    script.add_rows(&RESERVE, reservations, |row, (task, attempt, reserved)| {
-        row.bind(*task).bind(*attempt).bind(*reserved as i64);
+/// Holds rows that a transaction relies on without moving them, as (task, revision): each must
+/// still be at its revision, and stays there until the transaction ends.
+pub fn fence(script: &mut Script, relied: &[(TaskId, u64)]) -> Result<()> {
+    script.add_fence(&FENCE, relied, |row, (task, revision)| {
+        row.bind(*task).bind(*revision as i64);
         Ok(())
     })
 }
 
 static LINK_RETRIES: Bulk = Bulk::new(
-    "WITH links (ended, new) AS (",
-    &[Type::Id, Type::Id],
+    "WITH links (ended, was, new) AS (",
+    &[Type::Id, Type::Int, Type::Id],
     ")
      UPDATE tasks SET retried_by = l.new, revision = revision + 1
-     FROM links l WHERE tasks.id = l.ended",
+     FROM links l WHERE tasks.id = l.ended AND tasks.revision = l.was",
 );
 
-/// Links ended tasks to the tasks that retry them, as (ended, new); each at most once.
-pub fn link_retries(script: &mut Script, links: &[(TaskId, TaskId)]) -> Result<()> {
-    script.add_rows(&LINK_RETRIES, links, |row, (ended, new)| {
-        row.bind(*ended).bind(*new);
+/// Links ended tasks to the tasks that retry them, as (ended, revision, new); each ended task at
+/// most once, and still at its revision.
+pub fn link_retries(script: &mut Script, links: &[(TaskId, u64, TaskId)]) -> Result<()> {
+    script.add_rows_exactly(&LINK_RETRIES, links, |row, (ended, was, new)| {
+        row.bind(*ended).bind(*was as i64).bind(*new);
         Ok(())
     })
 }
@@ -235,23 +234,27 @@ pub struct Request {
     pub create_time: Micros,
 }
 
-const FIND_REQUESTS: Sql = Sql::new(
-    "SELECT r.namespace, r.request_id, r.task_id, r.digest, r.create_time
-     FROM json_each($1) k JOIN request_ids r
-       ON r.namespace = k.value ->> 0 AND r.request_id = k.value ->> 1
-     WHERE r.create_time >= $2",
+macro_rules! find_requests {
+    ($pairs:literal) => {
+        concat!(
+            "SELECT r.namespace, r.request_id, r.task_id, r.digest, r.create_time FROM ",
+            $pairs,
+            " JOIN request_ids r ON r.namespace = k.value ->> 0 AND r.request_id = k.value ->> 1"
+        )
+    };
+}
+
+const FIND_REQUESTS: Sql = Sql::each(
+    find_requests!("json_each($1) k"),
+    find_requests!("jsonb_array_elements($1::jsonb) AS k (value)"),
 );
 
-/// The remembered submits among these, as (namespace, `request_id`), not older than `since`.
-pub async fn find_requests(
-    tx: &mut Tx,
-    keys: &[(&str, &str)],
-    since: Micros,
-) -> Result<Vec<Request>> {
+/// The remembered submits among these, as (namespace, `request_id`), however old.
+pub async fn find_requests(tx: &mut Tx, keys: &[(&str, &str)]) -> Result<Vec<Request>> {
     if keys.is_empty() {
         return Ok(Vec::new());
     }
-    tx.query(FIND_REQUESTS).bind(Json::of(&keys)?).bind(since).all().await
+    tx.query(FIND_REQUESTS).bind(Json::of(&keys)?).all().await
 }
 
 impl FromRow for Request {
@@ -267,25 +270,40 @@ impl FromRow for Request {
     }
 }
 
+static REMOVE_REQUESTS: Bulk = Bulk::new(
+    "WITH old (namespace, request_id, task_id) AS (",
+    &[Type::Text, Type::Text, Type::Id],
+    ")
+     DELETE FROM request_ids
+     WHERE (namespace, request_id) IN (SELECT namespace, request_id FROM old)
+       AND task_id IN (SELECT task_id FROM old)",
+);
+
+/// Forgets submits that no longer count.
+pub fn remove_requests(script: &mut Script, requests: &[Request]) -> Result<()> {
+    script.add_rows(&REMOVE_REQUESTS, requests, |row, request| {
+        row.bind(&request.namespace).bind(&request.request_id).bind(request.task);
+        Ok(())
+    })
+}
+
 static INSERT_REQUESTS: Bulk = Bulk::new(
     "WITH new (namespace, request_id, task_id, digest, create_time) AS (",
     &[Type::Text, Type::Text, Type::Id, Type::Bytes, Type::Int],
     ")
      INSERT INTO request_ids (namespace, request_id, task_id, digest, create_time)
      SELECT * FROM new WHERE namespace IS NOT NULL
-     ON CONFLICT (namespace, request_id) DO UPDATE SET
-        task_id = excluded.task_id, digest = excluded.digest,
-        create_time = excluded.create_time",
+     ON CONFLICT (namespace, request_id) DO NOTHING",
 );
 
-/// Remembers submits; one that is too old to count is replaced.
+/// Remembers submits. None may be remembered already, by another server in the meantime.
 pub fn insert_requests(script: &mut Script, requests: &[Request]) -> Result<()> {
     if faults::planted(Fault::ForgetRequestIds) {
         return Ok(());
     }
-    script.add_rows(&INSERT_REQUESTS, requests, |row, request| {
+    script.add_rows_if_alone(&INSERT_REQUESTS, requests, |row, request| {
         row.bind(&request.namespace)
-            .bind(request.request_id.clone())
+            .bind(&request.request_id)
             .bind(request.task)
             .bind(request.digest.to_vec())
             .bind(request.create_time);
@@ -329,8 +347,9 @@ static INSERT_SEGMENTS: Bulk = Bulk::new(
         WHERE excluded.last_sequence > segments.last_sequence",
 );
 
-/// Adds segments; one that is there already is left as it is, unless it is shorter.
-pub fn insert_segments(script: &mut Script, segments: &[SegmentRow]) -> Result<()> {
+/// Adds segments; one that is there already is left as it is, unless it is shorter. No two may begin at
+/// the same place.
+pub fn insert_segments(script: &mut Script, segments: &[&SegmentRow]) -> Result<()> {
     script.add_rows(&INSERT_SEGMENTS, segments, |row, segment| {
         row.bind(segment.task)
             .bind(segment.attempt)
@@ -365,9 +384,10 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Query(LOAD),
     Statement::Rows(&INSERT),
     Statement::Rows(&UPDATE),
-    Statement::Rows(&RESERVE),
+    Statement::RowsOn(Engine::Postgres, &FENCE),
     Statement::Rows(&LINK_RETRIES),
     Statement::Query(FIND_REQUESTS),
+    Statement::Rows(&REMOVE_REQUESTS),
     Statement::Rows(&INSERT_REQUESTS),
     Statement::Query(FORGET_REQUESTS),
     Statement::Rows(&INSERT_SEGMENTS),

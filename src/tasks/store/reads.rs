@@ -52,22 +52,37 @@ pub struct Filter {
     pub exclude_retried: bool,
 }
 
-// Ids are made of the creation time, so the page is a range of the index.
-const LIST: Sql = Sql::new(concat!(
-    "SELECT ",
-    columns!(),
-    " FROM tasks t WHERE namespace = $1 AND id < $2
-        AND ($3 IS NULL OR state IN (SELECT value FROM json_each($3)))
-        AND ($4 IS NULL OR model = $4) AND ($5 IS NULL OR version = $5)
-        AND ($6 IS NULL OR create_time >= $6) AND ($7 IS NULL OR create_time < $7)
-        AND ($8 IS NULL OR session_id = $8)
-        AND (NOT $9 OR retried_by IS NULL)
-        AND NOT EXISTS (
-          SELECT 1 FROM json_each($10) wanted
-          WHERE NOT EXISTS (SELECT 1 FROM json_each(t.labels) have
-                            WHERE have.key = wanted.key AND have.value = wanted.value))
-      ORDER BY id DESC LIMIT $11"
-));
+/// A list, but for what the engines write differently. Ids are made of the creation time, so the
+/// page is a range of the index.
+macro_rules! list {
+    ($in_states:literal, $with_labels:literal) => {
+        concat!(
+            "SELECT ",
+            columns!(),
+            " FROM tasks t WHERE namespace = $1 AND id < $2
+                AND (",
+            $in_states,
+            " OR $3 IS NULL) AND (model = $4 OR $4 IS NULL) AND (version = $5 OR $5 IS NULL)
+                AND (create_time >= $6 OR $6 IS NULL) AND (create_time < $7 OR $7 IS NULL)
+                AND (session_id = $8 OR $8 IS NULL)
+                AND (NOT $9 OR retried_by IS NULL)
+                AND ",
+            $with_labels,
+            " ORDER BY id DESC LIMIT $11"
+        )
+    };
+}
+
+const LIST: Sql = Sql::each(
+    list!(
+        "state IN (SELECT value FROM json_each($3))",
+        "NOT EXISTS (
+           SELECT 1 FROM json_each($10) wanted
+           WHERE NOT EXISTS (SELECT 1 FROM json_each(t.labels) have
+                             WHERE have.key = wanted.key AND have.value = wanted.value))"
+    ),
+    list!("state = ANY ($3)", "t.labels @> $10::jsonb"),
+);
 
 /// Tasks of a namespace, newest first, older than `cursor`.
 pub async fn list(
@@ -190,6 +205,45 @@ pub async fn running_page(tx: &mut Tx, after: Option<TaskId>, limit: u32) -> Res
     Ok(rows.into_iter().map(|row| row.0).collect())
 }
 
+const ENDED: Sql = Sql::new(
+    "SELECT id FROM tasks
+     WHERE id > $1 AND id < $2 AND end_time < $3
+       AND state NOT IN ('QUEUED', 'RUNNING', 'DEAD_LETTERED')
+     ORDER BY id LIMIT $4",
+);
+const DEAD: Sql = Sql::new(
+    "SELECT id FROM tasks
+     WHERE id > $1 AND id < $2 AND end_time < $3 AND state = 'DEAD_LETTERED'
+     ORDER BY id LIMIT $4",
+);
+
+/// Which tasks have ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All but dead letters.
+    Done,
+    /// Dead letters.
+    Dead,
+}
+
+/// Tasks that ended before a time, in the order of their ids, after one.
+pub async fn ended_page(
+    tx: &mut Tx,
+    which: Ended,
+    before: Micros,
+    after: Option<TaskId>,
+    limit: u32,
+) -> Result<Vec<TaskId>> {
+    let sql = match which {
+        Ended::Done => ENDED,
+        Ended::Dead => DEAD,
+    };
+    // What ended before then was made before then.
+    let query = tx.query(sql).bind(after.unwrap_or(TaskId::MIN)).bind(TaskId::first_at(before));
+    let rows: Vec<(TaskId,)> = query.bind(before).bind(limit).all().await?;
+    Ok(rows.into_iter().map(|(id,)| id).collect())
+}
+
 const SEGMENTS: Sql = Sql::new(
     "SELECT last_sequence, frames FROM segments WHERE task_id = $1 AND attempt = $2
      ORDER BY first_sequence",
@@ -237,6 +291,8 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Query(WAITING),
     Statement::Query(COUNT_QUEUED),
     Statement::Query(RUNNING),
+    Statement::Query(ENDED),
+    Statement::Query(DEAD),
     Statement::Query(SEGMENTS),
     Statement::Query(ARTIFACTS),
     Statement::Query(SEGMENTS_AFTER),

@@ -10,7 +10,7 @@ use baton::{
 };
 use tempfile::TempDir;
 
-use super::{api::Api, within};
+use super::{api::Api, database, within};
 
 /// A server in this process.
 pub struct Local {
@@ -101,7 +101,9 @@ fn config(dir: &TempDir, env: &[(&str, &str)]) -> Config {
         ("BATON_STORAGE_MIN_FREE", "0"),
         ("BATON_AUTH_REQUIRED", "false"),
     ];
-    let all = base.iter().chain(env);
+    let url = database::url(dir.path()).unwrap_or_default();
+    let url = [("BATON_DATABASE_URL", url.as_str())];
+    let all = base.iter().chain(&url).chain(env);
     let env = all.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     let sources = Sources { env, ..Sources::default() };
     config::load(&sources).expect("a configuration").config

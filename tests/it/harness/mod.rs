@@ -5,6 +5,7 @@ pub mod api;
 pub mod bucket;
 pub mod checks;
 pub mod command;
+pub mod database;
 pub mod disk;
 pub mod local;
 pub mod preload;

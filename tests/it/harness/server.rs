@@ -11,7 +11,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::{api::Api, eventually};
+use super::{api::Api, database, eventually};
 
 /// The `baton` binary of this build.
 pub const BATON: &str = env!("CARGO_BIN_EXE_baton");
@@ -123,6 +123,7 @@ impl Server {
             ("BATON_STORAGE_MIN_FREE".into(), "0".into()),
             ("BATON_AUTH_REQUIRED".into(), "false".into()),
         ];
+        all.extend(database::url(dir.path()).map(|url| ("BATON_DATABASE_URL".to_owned(), url)));
         let given = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         all.extend(given);
         Self { process: None, addr, dir, env: all }

@@ -1,0 +1,363 @@
+//! The cluster engine: Postgres, shared by any number of servers.
+//!
+//! Nothing here relies on being the only writer. What a transaction writes depends on rows that
+//! may have been read long before it began; each such row is written only if it is still at the
+//! revision that was read, and the transaction is undone with `CONFLICT` if one is not.
+//!
+//! A connection that is lost during COMMIT leaves the outcome unknown. The ledger's transactions
+//! hold an advisory lock of this process, so that whoever begins the next one waits until the
+//! old one has ended on the server, whatever became of its connection; then the ledger reads
+//! back what it wrote. The error says so: [`is_unknown`](super::is_unknown).
+//!
+//! Calls have a limit: a server that does not answer is as good as one that is gone.
+
+pub(super) mod dump;
+mod error;
+pub(super) mod migrate;
+pub(super) mod value;
+
+use std::{
+    future::Future,
+    sync::{Arc, atomic::AtomicU64, atomic::Ordering},
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use sqlx::{
+    AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, postgres::PgConnectOptions,
+};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+pub(super) use self::error::from_database;
+use super::{Health, Script, Tx, Unknown};
+use crate::error::{Error, Kind, Reason, Result};
+
+/// The oldest server that is known to do.
+const OLDEST: u32 = 13;
+
+/// Connections that write: the ledger's, and a few for what is rare.
+const WRITERS: usize = 3;
+
+/// Longest time for a connection to be made.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// Longest time for a transaction or a read.
+const CALL: Duration = Duration::from_secs(15);
+
+/// Longest time for a look at the server's health.
+const LOOK: Duration = Duration::from_millis(450);
+
+/// What every connection asks of the server. Its own limits are above ours: they end what a
+/// client that vanished has left behind.
+const SETTINGS: [(&str, &str); 4] = [
+    ("statement_timeout", "20s"),
+    ("lock_timeout", "10s"),
+    ("idle_in_transaction_session_timeout", "10s"),
+    ("jit", "off"),
+];
+
+/// A database and its connections.
+pub(super) struct Postgres {
+    options: PgConnectOptions,
+    idle: Mutex<Vec<PgConnection>>,
+    /// Raised when a connection is found broken: those made before are not used any more.
+    era: AtomicU64,
+    writers: Semaphore,
+    readers: Semaphore,
+    /// For looks at the health, which must not wait for others.
+    probe: tokio::sync::Mutex<Option<PgConnection>>,
+    /// Begins a transaction that waits for the end of this process's last one.
+    begin_alone: String,
+    health: Arc<Health>,
+}
+
+/// A transaction that writes.
+pub struct Write<'a> {
+    db: &'a Postgres,
+    _slot: SemaphorePermit<'a>,
+    tx: Option<Tx>,
+    era: u64,
+    begun: bool,
+}
+
+/// A connection for reads. What is found on it may be older than the call by no more than the
+/// time that it took.
+pub(super) struct Reader {
+    pub(super) tx: Tx,
+    era: u64,
+}
+
+impl Write<'_> {
+    pub(super) fn tx(&mut self) -> &mut Tx {
+        self.tx.as_mut().expect("there until the transaction ends")
+    }
+
+    async fn execute(&mut self, text: &str) -> Result<(), sqlx::Error> {
+        let Some(Tx::Postgres(conn)) = &mut self.tx else { return Ok(()) };
+        sqlx::raw_sql(AssertSqlSafe(text)).execute(conn).await.map(drop)
+    }
+
+    pub(super) async fn begin(mut self) -> Result<Self> {
+        match limited(self.execute("BEGIN")).await {
+            Ok(()) => {
+                self.begun = true;
+                Ok(self)
+            }
+            Err(error) => Err(self.rollback(error).await),
+        }
+    }
+
+    /// Begins with the lock of this process: its last transaction has ended then.
+    pub(super) async fn begin_alone(mut self) -> Result<Self> {
+        self.begun = true;
+        let text = self.db.begin_alone.clone();
+        match limited(self.execute(&text)).await {
+            Ok(()) => Ok(self),
+            Err(error) => Err(self.rollback(error).await),
+        }
+    }
+
+    pub(super) async fn commit(mut self) -> Result<()> {
+        if self.begun
+            && let Err(error) = limited(self.execute("COMMIT")).await
+        {
+            self.distrust();
+            // A refusal is an outcome.
+            let refused = error.reason() == Reason::Conflict;
+            return Err(if refused { error } else { Error::storage(Unknown(error)) });
+        }
+        self.release();
+        Ok(())
+    }
+
+    pub(super) async fn commit_with(self, script: Script) -> Result<()> {
+        if script.is_empty() {
+            return self.commit().await;
+        }
+        let mut write = if self.begun { self } else { self.begin_alone().await? };
+        match limited(script.run(write.tx())).await {
+            Ok(()) => write.commit().await,
+            Err(error) => Err(write.rollback(error).await),
+        }
+    }
+
+    pub(super) async fn rollback(mut self, error: Error) -> Error {
+        if error.reason() == Reason::StorageUnavailable
+            || self.begun && limited(self.execute("ROLLBACK")).await.is_err()
+        {
+            self.distrust();
+        } else {
+            self.release();
+        }
+        error
+    }
+
+    /// Leaves the connection to others.
+    fn release(mut self) {
+        if let Some(tx) = self.tx.take() {
+            self.db.give_back(tx, self.era);
+        }
+    }
+
+    /// Drops the connection, which undoes what it did, and others that may be as bad.
+    fn distrust(self) {
+        self.db.distrust();
+    }
+}
+
+impl Postgres {
+    /// Connects, and finds out whether the server keeps what it acknowledges.
+    pub(super) async fn connect(
+        url: &str,
+        connections: usize,
+        fence: i64,
+        health: Arc<Health>,
+    ) -> Result<Self> {
+        let options = options(url)?.options(SETTINGS);
+        let db = Self {
+            options,
+            idle: Mutex::default(),
+            era: AtomicU64::new(0),
+            writers: Semaphore::new(WRITERS),
+            readers: Semaphore::new(connections.saturating_sub(WRITERS + 1).max(1)),
+            probe: tokio::sync::Mutex::new(None),
+            begin_alone: format!("BEGIN; SELECT pg_advisory_xact_lock({fence})"),
+            health,
+        };
+        let conn = db.open_connection().await?;
+        db.idle.lock().push(conn);
+        Ok(db)
+    }
+
+    async fn open_connection(&self) -> Result<PgConnection> {
+        connect(&self.options).await
+    }
+
+    async fn connection(&self) -> Result<Tx> {
+        let idle = self.idle.lock().pop();
+        match idle {
+            Some(conn) => Ok(Tx::Postgres(conn)),
+            None => self.open_connection().await.map(Tx::Postgres),
+        }
+    }
+
+    fn give_back(&self, tx: Tx, era: u64) {
+        if let Tx::Postgres(conn) = tx
+            && era == self.era.load(Ordering::Relaxed)
+        {
+            self.idle.lock().push(conn);
+        }
+    }
+
+    /// Has connections made anew: those of before are as good as one that was found broken.
+    pub(super) fn forget_idle(&self) {
+        self.era.fetch_add(1, Ordering::Relaxed);
+        self.idle.lock().clear();
+    }
+
+    fn distrust(&self) {
+        self.forget_idle();
+        self.health.set(false);
+    }
+
+    pub(super) async fn begin(&self) -> Result<Write<'_>> {
+        self.prepare().await?.begin().await
+    }
+
+    /// The transaction begins with [`Write::commit_with`].
+    pub(super) async fn prepare(&self) -> Result<Write<'_>> {
+        let slot = self.writers.acquire().await.map_err(Error::internal)?;
+        let era = self.era.load(Ordering::Relaxed);
+        match self.connection().await {
+            Ok(tx) => Ok(Write { db: self, _slot: slot, tx: Some(tx), era, begun: false }),
+            Err(error) => {
+                self.distrust();
+                Err(error)
+            }
+        }
+    }
+
+    /// A connection for reads, and the right to use it.
+    pub(super) async fn reader(&self) -> Result<(SemaphorePermit<'_>, Reader)> {
+        let slot = self.readers.acquire().await.map_err(Error::internal)?;
+        let era = self.era.load(Ordering::Relaxed);
+        let tx = self.connection().await?;
+        Ok((slot, Reader { tx, era }))
+    }
+
+    /// Takes a reading connection back.
+    pub(super) fn return_reader(&self, reader: Reader) {
+        self.give_back(reader.tx, reader.era);
+    }
+
+    /// Whether the server answers at once and takes writes.
+    pub(super) async fn answers(&self) -> bool {
+        let mut slot = self.probe.lock().await;
+        let look = async {
+            let mut conn = match slot.take() {
+                Some(conn) => conn,
+                None => self.open_connection().await?,
+            };
+            let standby: bool =
+                sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut conn).await?;
+            *slot = Some(conn);
+            Ok::<_, Error>(!standby)
+        };
+        matches!(tokio::time::timeout(LOOK, look).await, Ok(Ok(true)))
+    }
+
+    /// Closes idle connections and opens no more.
+    pub(super) async fn close(&self) {
+        self.writers.close();
+        self.readers.close();
+        let idle = std::mem::take(&mut *self.idle.lock());
+        let probe = self.probe.lock().await.take();
+        for conn in idle.into_iter().chain(probe) {
+            // Nothing is under way on it that could be lost.
+            let _ = tokio::time::timeout(LOOK, conn.close()).await;
+        }
+    }
+}
+
+/// What a URL says.
+pub(super) fn options(url: &str) -> Result<PgConnectOptions> {
+    let options: PgConnectOptions = url.parse().map_err(|error| {
+        Error::invalid(
+            "database.url",
+            "is no URL of a database; write postgres://USER:PASSWORD@HOST:PORT/DATABASE",
+        )
+        .caused_by(Box::<dyn std::error::Error + Send + Sync>::from(error))
+    })?;
+    let named =
+        if url.contains("application_name") { options } else { options.application_name("baton") };
+    Ok(named.statement_cache_capacity(256).disable_statement_logging())
+}
+
+/// The URL without its password, for people.
+pub fn place(url: &str) -> String {
+    let Some((head, rest)) = url.split_once("://") else { return "a database".to_owned() };
+    let rest = rest.split('?').next().unwrap_or_default();
+    match rest.rsplit_once('@') {
+        Some((user, host)) => {
+            let user = user.split(':').next().unwrap_or_default();
+            format!("{head}://{user}@{host}")
+        }
+        None => format!("{head}://{rest}"),
+    }
+}
+
+/// Makes a connection to a server that keeps what it acknowledges.
+pub(super) async fn connect(options: &PgConnectOptions) -> Result<PgConnection> {
+    let connecting = tokio::time::timeout(CONNECT, options.connect()).await;
+    let mut conn = match connecting {
+        Ok(Ok(conn)) => conn,
+        Ok(Err(error)) => return Err(Error::storage(error)),
+        Err(_) => return Err(Error::storage(format!("no connection within {CONNECT:?}"))),
+    };
+    let version = conn.server_version_num().unwrap_or(0) / 10_000;
+    if version < OLDEST {
+        return Err(Error::new(
+            Kind::FailedPrecondition,
+            Reason::StateConflict,
+            format!("the server is PostgreSQL {version}; baton needs {OLDEST} or newer"),
+        ));
+    }
+    let (sync, fsync): (String, String) =
+        sqlx::query_as("SELECT current_setting('synchronous_commit'), current_setting('fsync')")
+            .fetch_one(&mut conn)
+            .await?;
+    if sync == "off" {
+        return Err(Error::new(
+            Kind::FailedPrecondition,
+            Reason::StateConflict,
+            "synchronous_commit is off, so that the server may lose what it acknowledged; set it \
+             to on: ALTER DATABASE … SET synchronous_commit = on",
+        ));
+    }
+    if fsync == "off" {
+        tracing::warn!("the server runs with fsync=off: a power cut may lose acknowledged tasks");
+    }
+    Ok(conn)
+}
+
+/// Awaits what must not take longer than [`CALL`].
+pub(super) async fn limited<T, E: Into<Error>>(
+    call: impl Future<Output = Result<T, E>>,
+) -> Result<T> {
+    match tokio::time::timeout(CALL, call).await {
+        Ok(outcome) => outcome.map_err(Into::into),
+        Err(_) => Err(Error::storage(format!("no answer within {CALL:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_shows_no_password() {
+        assert_eq!(place("postgres://u:p%40w@h:5/d?password=x"), "postgres://u@h:5/d");
+        assert_eq!(place("postgres:///d?host=/run"), "postgres:///d");
+        assert_eq!(place("nonsense"), "a database");
+    }
+}
