@@ -4,6 +4,7 @@
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
 /// A database that was made for a case and goes with it.
+#[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "there is none"))]
 pub(super) struct Database {
     /// Where it is.
     pub(super) url: String,

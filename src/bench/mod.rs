@@ -52,7 +52,7 @@ pub struct Args {
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Run the servers under test on Postgres, each on a database of its own that is made there;
-    /// prefer BATON_DATABASE_URL, which other users of the machine do not see.
+    /// prefer `BATON_DATABASE_URL`, which other users of the machine do not see.
     #[arg(long, env = "BATON_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Option<String>,
     /// Print the table as JSON.

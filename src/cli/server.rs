@@ -40,7 +40,7 @@ pub struct ConfigArgs {
     /// Where artifacts lie: `file`, in the data directory, or `s3://bucket/prefix`
     #[arg(long, value_name = "STORE")]
     artifact_store: Option<String>,
-    /// Database of a Postgres server, as postgres://user:password@host:5432/name; other users of
+    /// Database of a Postgres server, as `postgres://user:password@host:5432/name`; other users of
     /// the machine see it here, but not in the variable `BATON_DATABASE_URL`
     #[arg(long, value_name = "URL")]
     database_url: Option<String>,

@@ -116,7 +116,7 @@ pub async fn status(at: &Location) -> Result<Status> {
 
 fn status_of(engine: Engine, found: Migrations, size_bytes: u64, durability: String) -> Status {
     let Migrations { known, applied, legacy } = found;
-    Status { engine, known, applied, legacy, size_bytes, durability }
+    Status { engine, known, applied, legacy: legacy.is_some(), size_bytes, durability }
 }
 
 /// Makes the whole of a database one file.

@@ -111,7 +111,7 @@ struct Unknown(#[source] Error);
 
 /// Whether the error leaves open what became of a commit.
 pub fn is_unknown(error: &Error) -> bool {
-    std::error::Error::source(error).is_some_and(|source| source.is::<Unknown>())
+    std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<Unknown>)
 }
 
 /// A transaction that writes. Dropped without [`commit`](Self::commit), everything it did is
@@ -202,6 +202,10 @@ impl Db {
     }
 
     /// Opens a database as it is.
+    #[cfg_attr(
+        not(feature = "postgres"),
+        expect(unused_variables, reason = "what a server's database needs")
+    )]
     pub async fn connect_at(at: &Location, connections: usize, entropy: &Entropy) -> Result<Self> {
         match at {
             Location::File(path) => Self::connect(path).await,

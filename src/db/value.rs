@@ -124,7 +124,7 @@ impl Json {
 /// Values of the statements of a script, in the order of their places.
 pub struct Values {
     to: Arguments,
-    n_values: usize,
+    count: usize,
     error: Option<Error>,
 }
 
@@ -137,6 +137,10 @@ pub(super) enum Arguments {
 
 impl Values {
     /// None yet, for statements over rows of these columns.
+    #[cfg_attr(
+        not(feature = "postgres"),
+        expect(unused_variables, reason = "columns are of one engine")
+    )]
     pub(super) fn new(engine: Engine, columns: &[Type]) -> Self {
         let to = match engine {
             #[cfg(feature = "postgres")]
@@ -144,7 +148,7 @@ impl Values {
             // All statements of a message have their values in one list.
             _ => Arguments::Sqlite(SqliteArguments::default()),
         };
-        Self { to, n_values: 0, error: None }
+        Self { to, count: 0, error: None }
     }
 
     /// Adds the next value.
@@ -154,7 +158,7 @@ impl Values {
             #[cfg(feature = "postgres")]
             Arguments::Postgres(to) => to.add(value.value()),
         };
-        self.n_values += 1;
+        self.count += 1;
         if let Err(error) = done {
             self.error.get_or_insert(error);
         }
@@ -163,7 +167,7 @@ impl Values {
 
     /// How many there are.
     pub(super) fn len(&self) -> usize {
-        self.n_values
+        self.count
     }
 
     /// What the driver takes, unless a value was refused.

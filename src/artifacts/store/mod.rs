@@ -333,35 +333,3 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Query(CONDEMNED),
     Statement::Query(FORGET_REFERENCES),
 ];
-
-#[cfg(test)]
-pub(super) mod tests {
-    //! Rows of tasks, as far as artifacts look at them.
-
-    use super::*;
-
-    const INSERT_TASK: Sql = Sql::new(
-        "INSERT INTO tasks (id, namespace, model, input, params, priority, labels,
-         required_labels, execution_timeout, retry, seed, create_time, state, revision, attempt,
-         failed, lost, handed_back, base_sequence, last_sequence, reserved_sequence)
-         VALUES ($1, 'a', 'm/m', '{}', '{}', 0, '{}', '{}', 1, '{}', 1, 1, $2, 1, $3,
-         0, 0, 0, 0, 0, 0)",
-    );
-
-    /// A task of namespace `a` in that state.
-    pub async fn insert_task(tx: &mut Tx, task: TaskId, attempt: u32, state: &str) -> Result<()> {
-        tx.query(INSERT_TASK).bind(task).bind(state).bind(attempt).run().await.map(drop)
-    }
-
-    /// The task ends.
-    pub async fn end_task(tx: &mut Tx, task: TaskId) -> Result<()> {
-        const END: Sql = Sql::new("UPDATE tasks SET state = 'SUCCEEDED' WHERE id = $1");
-        tx.query(END).bind(task).run().await.map(drop)
-    }
-
-    /// The task is deleted.
-    pub async fn delete_task(tx: &mut Tx, task: TaskId) -> Result<()> {
-        const DELETE: Sql = Sql::new("DELETE FROM tasks WHERE id = $1");
-        tx.query(DELETE).bind(task).run().await.map(drop)
-    }
-}

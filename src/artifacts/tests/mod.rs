@@ -1,6 +1,9 @@
 //! What holds of artifacts on local files and on a bucket alike: each claim is a function of a
 //! [`World`], run on both.
 
+#[cfg(feature = "postgres")]
+mod rivals;
+mod rows;
 mod world;
 
 use std::{path::PathBuf, time::Duration};
@@ -233,7 +236,7 @@ async fn what_a_task_reads_is_not_collected(world: World) {
     assert_eq!(reason(late), Reason::NotFound);
     world
         .db
-        .write(move |tx| Box::pin(async move { store::tests::end_task(tx, task).await }))
+        .write(move |tx| Box::pin(async move { rows::end_task(tx, task).await }))
         .await
         .unwrap();
     let done = world.artifacts.collect().await.unwrap();
@@ -289,7 +292,7 @@ async fn an_attempt_without_its_lease_makes_nothing(world: World) {
     assert_eq!(reason(other), Reason::NotFound);
     world
         .db
-        .write(move |tx| Box::pin(async move { store::tests::end_task(tx, task).await }))
+        .write(move |tx| Box::pin(async move { rows::end_task(tx, task).await }))
         .await
         .unwrap();
     // The lease ended while the bytes came.
@@ -299,7 +302,7 @@ async fn an_attempt_without_its_lease_makes_nothing(world: World) {
     world.clock.advance(HOUR);
     world
         .db
-        .write(move |tx| Box::pin(async move { store::tests::delete_task(tx, task).await }))
+        .write(move |tx| Box::pin(async move { rows::delete_task(tx, task).await }))
         .await
         .unwrap();
     let done = world.artifacts.collect().await.unwrap();

@@ -5,15 +5,17 @@ use std::{path::PathBuf, time::Duration};
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 
-use super::super::{
-    Artifacts, Limits, Parts,
-    model::{Artifact, Spec, Upload},
-    store,
+use super::{
+    super::{
+        Artifacts, Limits, Parts,
+        model::{Artifact, Spec, Upload},
+    },
+    rows,
 };
 use crate::{
     blob::{Digest, Store, hash::Hasher, testing::TestServer},
     clock::Clock,
-    db::Db,
+    db::{Db, testing},
     error::{Error, Reason, Result},
     id::{ArtifactId, Entropy, Namespace, TaskId},
     keys::{Grant, Principal, Signer},
@@ -42,7 +44,7 @@ impl World {
     }
 
     pub async fn over(dir: tempfile::TempDir, store: Store, server: Option<TestServer>) -> Self {
-        let (clock, db) = (Clock::manual(), Db::open(&dir.path().join("baton.db")).await.unwrap());
+        let (clock, db) = (Clock::manual(), testing::open(dir.path()).await);
         let artifacts = Artifacts::new(parts(&db, store, &clock));
         Self { artifacts, db, clock, dir, server }
     }
@@ -119,7 +121,7 @@ impl World {
         let task = TaskId::new(self.clock.now(), &Entropy::seeded(u64::from(attempt) + 99));
         let state = state.to_owned();
         let insert = self.db.write(move |tx| {
-            Box::pin(async move { store::tests::insert_task(tx, task, attempt, &state).await })
+            Box::pin(async move { rows::insert_task(tx, task, attempt, &state).await })
         });
         insert.await.unwrap();
         task

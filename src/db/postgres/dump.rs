@@ -40,7 +40,7 @@ pub(in crate::db) async fn restore(url: &str, from: &Path) -> Result<()> {
     }
     let mut command = tool("pg_restore", url)?;
     let database = libpq(url)?.into_iter().find(|(name, _)| *name == "PGDATABASE");
-    let database = database.map(|(_, value)| value).unwrap_or_else(|| "postgres".to_owned());
+    let database = database.map_or_else(|| "postgres".to_owned(), |(_, value)| value);
     command.args(["--exit-on-error", "--single-transaction", "--no-owner", "--no-privileges"]);
     command.arg("--dbname").arg(database).arg(from);
     run(command, "pg_restore").await

@@ -25,7 +25,7 @@ pub fn url(dir: &Path) -> Option<String> {
 pub fn create(server: &str) -> String {
     let random = tempfile::NamedTempFile::new().expect("a file");
     let random = random.path().file_name().expect("a name").to_string_lossy().into_owned();
-    let name: String = random.bytes().map(|byte| format!("{byte:02x}")).collect();
+    let name = hex::encode(random);
     let name = format!("test_{}_{name}", std::process::id());
     psql(server, &format!("CREATE DATABASE {name}"));
     let mut url = reqwest::Url::parse(server).expect("a URL");
