@@ -90,6 +90,14 @@ impl Consumer {
     /// dropped, the next call also returns what the server delivered meanwhile, over `most` if
     /// need be.
     pub async fn pull(&self, lanes: &[Lane], most: usize) -> Result<Vec<Delivery>> {
+        let wants: Vec<_> = lanes.iter().map(|lane| (lane.clone(), most)).collect();
+        self.pull_each(&wants, most).await
+    }
+
+    /// As [`pull`](Self::pull), with a bound for each lane too.
+    pub async fn pull_each(&self, wants: &[(Lane, usize)], most: usize) -> Result<Vec<Delivery>> {
+        let lanes: Vec<Lane> = wants.iter().map(|(lane, _)| lane.clone()).collect();
+        let lanes = lanes.as_slice();
         let mut deliveries = Vec::new();
         if let Some(doubts) = self.doubts.open() {
             let args = Args::default().text(&self.name).texts(lanes.iter().map(Lane::as_str));
@@ -101,8 +109,10 @@ impl Consumer {
         if most == 0 {
             return Ok(deliveries);
         }
-        let args = Args::default().text(&self.name).number(most as u64);
-        let args = args.texts(lanes.iter().map(Lane::as_str));
+        let mut args = Args::default().text(&self.name).number(most as u64);
+        for (lane, most) in wants {
+            args = args.text(lane.as_str()).number(*most as u64);
+        }
         // Until the answer is here; a dropped future leaves it so.
         let doubt = self.doubts.raise();
         let mut reply = self.redis.run(&self.redis.0.scripts.pull, args).await?;

@@ -7,7 +7,7 @@
 //!  queues                                            everything begins with the prefix
 //!    q:{lane}      stream, group `baton`   i = id, a = attempt, d = data      the work that waits
 //!    known         hash    id -> attempt, place, lane     each id once, whatever is done how often
-//!    depth         hash    account -> ids known           counted where `known` changes
+//!    depth, groups hash    account -> ids known           counted where `known` changes
 //!    delayed, data zset by due time, hash                 what may not run yet
 //!    reserved      zset by lapse time                     room promised to what is not added yet
 //!    lanes, info   zset by last use, hash                 which lanes there are, and for whom
@@ -22,6 +22,7 @@
 //! ```
 //!
 //! A *lane* is `account:variant:band`: whose limit counts, who can do the work, how urgent it is.
+//! Accounts that begin alike up to their first slash are a *group*, which has a limit as well.
 //! One script changes all keys that belong together, so an id is in one place or in none, and
 //! `depth` is right whenever anybody looks. Each script may run twice: an id that is known with
 //! the same or a later attempt is not added again.
@@ -67,7 +68,7 @@ mod notes;
 mod script;
 mod settings;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -89,7 +90,7 @@ pub use self::{
     inbox::{Fit, Inbox, Mail, Parcel, Reading},
     lane::{Lane, LaneInfo},
     settings::Settings,
-    work::{Item, LaneStats, Moved, Position, Promise, Work},
+    work::{Item, LaneStats, Moved, Position, Promise, Room, Work},
 };
 use self::{health::Facts, script::Scripts};
 use crate::{clock::Clock, id::Entropy, supervisor::Supervisor};

@@ -137,6 +137,14 @@ impl Reply {
         self.values.next().and_then(Value::into_bytes).ok_or_else(|| self.unexpected())
     }
 
+    pub(super) fn optional_bytes(&mut self) -> Result<Option<Bytes>> {
+        match self.values.next() {
+            None => Err(self.unexpected()),
+            Some(Value::Null) => Ok(None),
+            Some(value) => value.into_bytes().map(Some).ok_or_else(|| self.unexpected()),
+        }
+    }
+
     pub(super) fn unexpected(&self) -> Error {
         Error::Reply { command: self.script }
     }

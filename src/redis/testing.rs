@@ -17,10 +17,10 @@ use super::{Redis, Settings};
 use crate::{clock::Clock, id::Entropy, supervisor::Supervisor};
 
 /// How long anything here may take.
-pub(super) const BOUND: Duration = Duration::from_secs(20);
+pub const BOUND: Duration = Duration::from_secs(20);
 
 /// The server.
-pub(super) struct Server {
+pub struct Server {
     child: Child,
     port: u16,
     options: Vec<String>,
@@ -29,12 +29,12 @@ pub(super) struct Server {
 
 impl Server {
     /// Starts one.
-    pub(super) fn start() -> Self {
+    pub fn start() -> Self {
         Self::with_options(&[])
     }
 
     /// Starts one with further options of its command line.
-    pub(super) fn with_options(options: &[&str]) -> Self {
+    pub fn with_options(options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
         let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
@@ -45,7 +45,7 @@ impl Server {
     }
 
     /// Starts one that speaks TLS only.
-    pub(super) fn tls(cert: &Path, key: &Path) -> Self {
+    pub fn tls(cert: &Path, key: &Path) -> Self {
         let port = free_port().to_string();
         let (cert, key) = (cert.to_string_lossy(), key.to_string_lossy());
         let options = ["--tls-port", &port, "--tls-cert-file", &cert, "--tls-key-file", &key];
@@ -55,11 +55,13 @@ impl Server {
         server
     }
 
-    pub(super) fn port(&self) -> u16 {
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
         self.port
     }
 
-    pub(super) fn settings(&self) -> Settings {
+    /// How it is reached.
+    pub fn settings(&self) -> Settings {
         Settings {
             url: format!("redis://127.0.0.1:{}", self.port),
             connect_timeout: Duration::from_secs(2),
@@ -69,7 +71,7 @@ impl Server {
     }
 
     /// A connection to it.
-    pub(super) async fn connect(&self) -> (Redis, Supervisor) {
+    pub async fn connect(&self) -> (Redis, Supervisor) {
         let supervisor = Supervisor::new();
         let redis =
             Redis::connect(self.settings(), Clock::system(), Entropy::system(), &supervisor).await;
@@ -77,35 +79,35 @@ impl Server {
     }
 
     /// Kills it.
-    pub(super) fn kill(&mut self) {
+    pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// Starts it again, empty, at the same port.
-    pub(super) fn restart(&mut self) {
+    pub fn restart(&mut self) {
         self.child = spawn(self.port, &self.options, self.folder.path());
         self.wait();
     }
 
     /// Stops it in its tracks.
-    pub(super) fn pause(&self) {
+    pub fn pause(&self) {
         self.signal(Signal::STOP);
     }
 
     /// Lets it go on.
-    pub(super) fn resume(&self) {
+    pub fn resume(&self) {
         self.signal(Signal::CONT);
     }
 
     /// How many connections wait for something.
-    pub(super) fn n_blocked(&self) -> usize {
+    pub fn n_blocked(&self) -> usize {
         let is_it = |line: String| line.strip_prefix("blocked_clients:")?.parse().ok();
         self.answer("INFO clients").find_map(is_it).expect("a number of blocked clients")
     }
 
     /// Sends a command on a connection of its own; the first line of the answer.
-    pub(super) fn command(&self, command: &str) -> String {
+    pub fn command(&self, command: &str) -> String {
         self.answer(command).next().expect("an answer")
     }
 
@@ -168,7 +170,7 @@ fn free_port() -> u16 {
 }
 
 /// Waits until something holds.
-pub(super) async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
     let mut pause = tokio::time::interval(Duration::from_millis(10));
     let waiting = async {
         while !holds().await {

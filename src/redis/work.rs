@@ -44,17 +44,40 @@ pub struct Promise<'a> {
     pub id: &'a str,
     /// Most items of the account.
     pub limit: u64,
+    /// Most items of all accounts of the group.
+    pub group_limit: u64,
+    /// Where there is no room, the item that waits longest in the lowest band leaves, if its band
+    /// is not above this one.
+    pub evict: Option<u8>,
+}
+
+/// Whether there was room.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// It is promised.
+    Promised {
+        /// The item that was taken out to make it.
+        evicted: Option<String>,
+    },
+    /// The account has this many items.
+    AccountFull(u64),
+    /// The accounts of the group have this many.
+    GroupFull(u64),
 }
 
 /// One lane, counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LaneStats {
     /// Entries, those delivered and not acknowledged included.
     pub entries: u64,
-    /// How many of them are with consumers, or given back.
+    /// How many of them are with consumers.
     pub delivered: u64,
     /// How long the oldest has been here, by the server's clock.
     pub oldest: Option<Duration>,
+    /// The data of the item that the next pull would get, if there is one.
+    pub next: Option<Bytes>,
+    /// The data of the item that was added last.
+    pub last: Option<Bytes>,
 }
 
 /// Where an item is in its lane.
@@ -138,23 +161,34 @@ impl Work {
     /// Promises room for items before they are added; whoever is not promised any learns the depth
     /// that was in the way. A promise lapses after `keep` unless the item is added before; an item
     /// that is known already has its room.
-    pub async fn reserve(
-        &self,
-        promises: &[Promise<'_>],
-        keep: Duration,
-    ) -> Result<Vec<std::result::Result<(), u64>>> {
-        let mut outcomes = Vec::with_capacity(promises.len());
+    pub async fn reserve(&self, promises: &[Promise<'_>], keep: Duration) -> Result<Vec<Room>> {
+        let mut rooms = Vec::with_capacity(promises.len());
         for chunk in promises.chunks(CHUNK) {
             let mut args = Args::default().number(millis(keep));
             for promise in chunk {
                 args = args.text(promise.lane.as_str()).text(promise.id).number(promise.limit);
+                args = args.number(promise.group_limit);
+                args = match promise.evict {
+                    Some(band) => args.number(band.into()),
+                    None => args.text("-1"),
+                };
             }
             let mut reply = self.0.run(&self.0.0.scripts.reserve, args).await?;
             for _ in chunk {
-                outcomes.push(u64::try_from(reply.number()?).map_or(Ok(()), Err));
+                let (outcome, depth) = (reply.number()?, reply.number()?.max(0) as u64);
+                let evicted = reply.optional_bytes()?;
+                let evicted = evicted.map(|id| String::from_utf8(id.into()));
+                rooms.push(match outcome {
+                    1 => Room::Promised {
+                        evicted: evicted.transpose().map_err(|_| reply.unexpected())?,
+                    },
+                    0 => Room::AccountFull(depth),
+                    -1 => Room::GroupFull(depth),
+                    _ => return Err(reply.unexpected()),
+                });
             }
         }
-        Ok(outcomes)
+        Ok(rooms)
     }
 
     /// Lets promises go whose items will not be added; an item that was added stays. Returns how
@@ -245,6 +279,8 @@ impl Work {
                     entries: entries.max(0) as u64,
                     delivered: delivered.max(0) as u64,
                     oldest: age,
+                    next: reply.optional_bytes()?,
+                    last: reply.optional_bytes()?,
                 });
             }
         }

@@ -1,6 +1,7 @@
 -- Put before every script. KEYS[1] is the prefix of all keys.
 local P = KEYS[1]
-local KNOWN, DEPTH, DELAYED, DATA = P .. 'known', P .. 'depth', P .. 'delayed', P .. 'data'
+local KNOWN, DEPTH, GROUPS, DELAYED = P .. 'known', P .. 'depth', P .. 'groups', P .. 'delayed'
+local DATA = P .. 'data'
 local RESERVED, LANES, INFO, GIVEN = P .. 'reserved', P .. 'lanes', P .. 'info', P .. 'given'
 local ERA, BELL, GROUP = P .. 'era', P .. 'bell', 'baton'
 -- Places of an item besides an entry of a stream.
@@ -12,6 +13,9 @@ local function stream(lane) return P .. 'q:' .. lane end
 
 local function account(lane) return string.match(lane, '^(.*):[^:]*:%d+$') end
 
+-- What stands before the first slash of an account; the whole where there is none.
+local function group(lane) return string.match(account(lane), '^[^/]*') end
+
 local function whole(number) return string.format('%.0f', number) end
 
 local function now_ms()
@@ -19,10 +23,11 @@ local function now_ms()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- Changes the depth of a lane's account; fields of 0 are not kept.
+-- Changes the depths of a lane's account and group; fields of 0 are not kept.
 local function count(lane, by)
-  local field = account(lane)
-  if redis.call('HINCRBY', DEPTH, field, by) <= 0 then redis.call('HDEL', DEPTH, field) end
+  local one, all = account(lane), group(lane)
+  if redis.call('HINCRBY', DEPTH, one, by) <= 0 then redis.call('HDEL', DEPTH, one) end
+  if redis.call('HINCRBY', GROUPS, all, by) <= 0 then redis.call('HDEL', GROUPS, all) end
 end
 
 -- Attempt, place and lane of a known item; nothing for an unknown one.
@@ -125,4 +130,27 @@ local function take_over(reply, index, lane, consumer, idle, want)
     end
   until cursor == '0-0' or taken >= want
   return taken, cursor ~= '0-0'
+end
+
+local function value_of(info, name)
+  for at = 1, #info, 2 do
+    if info[at] == name then return info[at + 1] end
+  end
+end
+
+-- The entry that a pull would get: given back, or delivered to nobody yet.
+local function next_of(lane)
+  local key = stream(lane)
+  if redis.call('SISMEMBER', GIVEN, lane) == 1 then
+    local given = redis.pcall('XPENDING', key, GROUP, 'IDLE', GIVEN_IDLE, '-', '+', 1)
+    if not given.err and given[1] then
+      return redis.call('XRANGE', key, given[1][1], given[1][1])[1]
+    end
+  end
+  local groups, last = redis.pcall('XINFO', 'GROUPS', key), '0-0'
+  if groups.err then return nil end
+  for _, group in ipairs(groups) do
+    if value_of(group, 'name') == GROUP then last = value_of(group, 'last-delivered-id') end
+  end
+  return redis.call('XRANGE', key, '(' .. last, '+', 'COUNT', 1)[1]
 end

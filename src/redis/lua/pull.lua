@@ -1,12 +1,13 @@
 -- Delivers from lanes in this order: what was given back first, then what nobody had.
--- ARGV: consumer, most to deliver, lane*. Replies: era, number of groups made anew, (index of
--- lane, entry, id, attempt, data)*.
-local consumer, want = ARGV[1], tonumber(ARGV[2])
+-- ARGV: consumer, most to deliver, (lane, most from it)*. Replies: era, number of groups made anew,
+-- (index of lane, entry, id, attempt, data)*.
+local consumer, left = ARGV[1], tonumber(ARGV[2])
 local reply, renewed = { redis.call('GET', ERA) or '', 0 }, 0
-for at = 3, #ARGV do
-  if want <= 0 then break end
-  local lane, index = ARGV[at], at - 2
-  local key = stream(lane)
+for at = 3, #ARGV, 2 do
+  if left <= 0 then break end
+  local lane, index = ARGV[at], (at - 1) / 2
+  local key, want = stream(lane), math.min(left, tonumber(ARGV[at + 1]))
+  left = left - want
   if redis.call('SISMEMBER', GIVEN, lane) == 1 then
     local taken, more = take_over(reply, index, lane, consumer, GIVEN_IDLE, want)
     want = want - taken
@@ -26,6 +27,7 @@ for at = 3, #ARGV do
       end
     end
   end
+  left = left + want
 end
 reply[2] = renewed
 return reply

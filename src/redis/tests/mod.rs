@@ -65,5 +65,6 @@ async fn assert_empty(work: &Work) {
     let lanes: Vec<_> = work.lanes().await.unwrap().into_iter().map(|info| info.lane).collect();
     for stats in work.stats(&lanes).await.unwrap() {
         assert_eq!((stats.entries, stats.delivered, stats.oldest), (0, 0, None));
+        assert_eq!(stats.next, None);
     }
 }

@@ -162,8 +162,9 @@ impl World<'_> {
             Step::Replay { id } => self.tell(id).await,
             Step::Reserve { id } => {
                 let (place, id) = (lane(0), format!("id{id}"));
-                let promise = Promise { lane: &place, id: &id, limit: 5 };
-                work.reserve(&[promise], Duration::ZERO).await.unwrap()[0].ok();
+                let promise =
+                    Promise { lane: &place, id: &id, limit: 5, group_limit: 5, evict: None };
+                work.reserve(&[promise], Duration::ZERO).await.unwrap();
             }
             Step::Move => drop(work.move_due(100).await.unwrap()),
             Step::Pull { who, most } => {

@@ -5,12 +5,13 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{
-    super::{Promise, testing::Server},
+    super::{Promise, Room, testing::Server},
     assert_empty, drain, ids, item, item_in, items, lane, pull,
 };
 use crate::redis::Lane;
 
 const LATER: Duration = Duration::from_hours(1);
+const PROMISED: Room = Room::Promised { evicted: None };
 
 #[tokio::test]
 async fn a_delayed_item_waits_until_it_is_due_and_counts_all_the_while() {
@@ -51,13 +52,14 @@ async fn promises_never_exceed_the_limit_and_are_kept_let_go_or_lapse() {
     let (redis, _supervisor) = server.connect().await;
     let work = redis.work();
     let place = lane(2);
-    let promise = |id| Promise { lane: &place, id, limit: 2 };
+    let promise = |id| Promise { lane: &place, id, limit: 2, group_limit: 3, evict: None };
     let asked = [promise("a"), promise("b"), promise("a"), promise("c")];
-    let outcomes = work.reserve(&asked, LATER).await.unwrap();
-    assert_eq!(outcomes, [Ok(()), Ok(()), Ok(()), Err(2)]);
+    let rooms = work.reserve(&asked, LATER).await.unwrap();
+    assert_eq!(rooms, [PROMISED, PROMISED, PROMISED, Room::AccountFull(2)]);
     let elsewhere = Lane::new("team/other", "v1", 2).unwrap();
-    let other = Promise { lane: &elsewhere, id: "o", limit: 1 };
-    assert_eq!(work.reserve(&[other], Duration::ZERO).await.unwrap(), [Ok(())]);
+    let other = |id| Promise { lane: &elsewhere, id, limit: 2, group_limit: 3, evict: None };
+    let rooms = work.reserve(&[other("o"), other("p")], Duration::ZERO).await.unwrap();
+    assert_eq!(rooms, [PROMISED, Room::GroupFull(3)]);
     assert_eq!(work.known(&["a"]).await.unwrap(), [None], "a promise is no item");
 
     // Kept: the item takes the place that was promised.
@@ -65,7 +67,7 @@ async fn promises_never_exceed_the_limit_and_are_kept_let_go_or_lapse() {
     assert_eq!(work.depths().await.unwrap()["team/model"], 2);
     // Let go: what was added meanwhile stays.
     assert_eq!(work.release(&["a", "b"]).await.unwrap(), 1);
-    assert_eq!(work.reserve(&[promise("c")], LATER).await.unwrap(), [Ok(())]);
+    assert_eq!(work.reserve(&[promise("c")], LATER).await.unwrap(), [PROMISED]);
     // Lapsed.
     assert_eq!(work.move_due(10).await.unwrap().lapsed, 1);
     assert_eq!(work.depths().await.unwrap(), [("team/model".to_owned(), 2)].into());
@@ -73,6 +75,34 @@ async fn promises_never_exceed_the_limit_and_are_kept_let_go_or_lapse() {
     work.release(&["c"]).await.unwrap();
     drain(&work.consumer("a"), &[place]).await;
     assert_empty(&work).await;
+}
+
+#[tokio::test]
+async fn the_oldest_of_the_lowest_band_makes_room_if_it_is_not_above() {
+    let server = Server::start();
+    let (redis, _supervisor) = server.connect().await;
+    let (work, a) = (redis.work(), redis.work().consumer("a"));
+    let elsewhere = Lane::new("team/other", "v1", 0).unwrap();
+    work.add(&[item_in(&elsewhere, "other", 1)]).await.unwrap();
+    let bands = [("started", 1), ("old", 1), ("young", 1), ("urgent", 3)];
+    for (id, band) in bands {
+        work.add(&[item_in(&lane(band), id, 1)]).await.unwrap();
+    }
+    let started = a.pull(&[lane(1)], 1).await.unwrap();
+    assert_eq!(ids(&started), ["started"]);
+    let ask = async |band: u8, id: &str, limit, group_limit, evict| {
+        let promise = Promise { lane: &lane(band), id, limit, group_limit, evict };
+        work.reserve(&[promise], LATER).await.unwrap().remove(0)
+    };
+    let evicted = |id: &str| Room::Promised { evicted: Some(id.into()) };
+    assert_eq!(ask(0, "n0", 4, 9, Some(0)).await, Room::AccountFull(4), "none is lower");
+    assert_eq!(ask(1, "n1", 4, 9, Some(1)).await, evicted("old"), "not the delivered one");
+    assert_eq!(ask(1, "n1", 4, 9, Some(1)).await, PROMISED, "it has its room");
+    assert_eq!(ask(3, "n2", 4, 9, Some(3)).await, evicted("young"));
+    assert_eq!(ask(3, "n3", 9, 5, Some(3)).await, evicted("other"), "of the whole group");
+    assert_eq!(ask(3, "n4", 4, 9, Some(2)).await, Room::AccountFull(5));
+    assert_eq!(work.known(&["old", "young", "urgent"]).await.unwrap(), [None, None, Some(1)]);
+    assert_eq!(work.depths().await.unwrap(), [("team/model".to_owned(), 5)].into());
 }
 
 #[tokio::test]
@@ -86,6 +116,15 @@ async fn lanes_say_what_they_are_and_are_counted() {
     lanes.sort_by_key(|info| info.lane.clone());
     assert_eq!(lanes[0].lane, lane(0));
     assert_eq!((&lanes[1].lane, &lanes[1].info), (&lane(2), &Bytes::from_static(b"what it is")));
+
+    let next = || async { work.stats(&[lane(2)]).await.unwrap().remove(0).next };
+    let data = |attempt| Some(item("", attempt).data);
+    work.add(&[item("last", 7)]).await.unwrap();
+    let got = a.pull_each(&[(lane(2), 5), (lane(0), 0)], 9).await.unwrap();
+    assert_eq!((got.len(), next().await), (5, data(7)));
+    a.give_back(&got).await.unwrap();
+    assert_eq!(next().await, data(1), "given back comes first");
+    work.remove(&["last"]).await.unwrap();
 
     pull(&a, 2).await;
     let stats = work.stats(&[lane(2), lane(1), lane(0)]).await.unwrap();
