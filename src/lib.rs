@@ -49,6 +49,12 @@
 //! their digest in a [`blob`] store, and lists them once they are whole. A runner lists one as output
 //! of its task by the receipt that it got for the bytes.
 //!
+//! # Several servers
+//!
+//! Servers may share a Postgres, and a Redis. A task that finds no free runner where it is accepted
+//! then waits in a backlog in Redis, and each server fetches from it what its own runners can start
+//! at once: `backlog`. The rows stay the truth, and a start is a conditional update of one.
+//!
 //! # Invariants
 //!
 //! - The database is the truth. Queue, relay, sessions and timers live in memory and are rebuilt
@@ -104,6 +110,8 @@ pub mod gateway;
 pub mod grpc;
 pub mod runners;
 
+#[cfg(feature = "redis")]
+pub mod backlog;
 pub mod dispatch;
 pub mod queues;
 

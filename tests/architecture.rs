@@ -63,6 +63,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "runners",
         ],
     ),
+    // What waits where several servers find it.
+    ("backlog", &["db", "queue", "redis", "supervisor", "telemetry", "tasks"]),
     ("queues", KERNELS_AND_KEYS),
     // Edges.
     ("grpc", &["config", "supervisor", "telemetry", "tls", "keys"]),

@@ -2,6 +2,7 @@
 //! and drains.
 
 mod place;
+mod shared;
 #[cfg(test)]
 mod tests;
 
@@ -17,7 +18,7 @@ use crate::{
     blob::Blobs,
     clock::Clock,
     config::{self, Config},
-    db::{self, Db, Location},
+    db::{self, Db, Engine, Location},
     dispatch::{self, Dispatcher, Sweep},
     error::Error,
     events::Tail,
@@ -95,6 +96,8 @@ impl App {
         place::raise_descriptor_limit();
         let data_dir = &config.storage.data_dir;
         let lock = place::lock_data_dir(data_dir)?;
+        let supervisor = Supervisor::new();
+        let connection = shared::connect(&config, &clock, &entropy, &supervisor).await?;
         let at = place::database(&config);
         let db = match &at {
             Location::File(path) if clock.is_simulated() => Db::open_simulated(path),
@@ -102,7 +105,6 @@ impl App {
         };
         let db = db.with_context(|| format!("cannot open {at}"))?;
         db.set_headroom(config.storage.min_free);
-        let supervisor = Supervisor::new();
         let metrics = Metrics::new();
         metrics.start_time_seconds.set(clock.now().0 as f64 / 1e6);
 
@@ -116,7 +118,15 @@ impl App {
             total_bytes: usize::try_from(config.relay.total)?,
             ..relay::Limits::default()
         });
-        let queue = Queue::new(queue_limits(&config.queue), clock.clone());
+        let limits = queue_limits(&config.queue);
+        let (queue, shared) = match connection {
+            Some(connection) => {
+                let (queue, shared) =
+                    connection.queue(&config.queue, limits, &db, &clock, &entropy);
+                (queue, Some(shared))
+            }
+            None => (Queue::new(limits, clock.clone()), None),
+        };
         let blobs = Blobs::open(data_dir.join("transcripts")).await?;
         let artifacts = Artifacts::new(artifacts::Parts {
             db: db.clone(),
@@ -170,8 +180,10 @@ impl App {
         loops.spawn_loop("lease sweep", registry.clone().run_sweep());
         loops.spawn_loop("revocations", registry.clone().run_revocations());
         loops.spawn_loop("keys", keyring.clone().run());
-        let sweep = Sweep::new(db.clone(), queue.clone(), clock.clone());
-        loops.spawn_loop("queue sweep", sweep.run());
+        if shared.is_none() {
+            let sweep = Sweep::new(db.clone(), queue.clone(), clock.clone());
+            loops.spawn_loop("queue sweep", sweep.run());
+        }
         let dispatcher = Dispatcher {
             queue: queue.clone(),
             ledger: ledger.clone(),
@@ -197,6 +209,9 @@ impl App {
         let services =
             services(&config, &parts, &ledger, &artifacts, &registry, &keyring, &supervisor);
         let health = Health::new(&services).await;
+        if let Some(shared) = shared {
+            shared.start(health.clone(), metrics.clone(), loops);
+        }
         let services = services.with(health.server());
         let services =
             if config.server.reflection { health::with_reflection(services)? } else { services };
@@ -284,9 +299,18 @@ fn services(
         artifacts.clone(),
         supervisor.clone(),
     );
+    let tasks = tasks.retrying(tasks::model::RetryPolicy {
+        max_attempts: config.queue.max_attempts,
+        initial_backoff: config.queue.initial_backoff,
+        max_backoff: config.queue.max_backoff,
+        ..Default::default()
+    });
     let artifacts = artifacts::Service::new(artifacts.clone());
     let runners = runners::service::Service(registry.clone());
     let queues = queues::Service::new(parts.db.clone(), parts.queue.clone(), parts.clock.clone());
+    if parts.db.engine() == Engine::Postgres {
+        supervisor.spawn_loop("pauses", queues.clone().follow());
+    }
     let keys = keys::Service::new(keyring.clone());
     Services::new()
         .with(TaskServiceServer::new(tasks).max_decoding_message_size(limit))
@@ -409,7 +433,7 @@ fn gauges(
         let (sessions, leases) = registry.counts();
         metrics.runners.get_or_create(&StateLabel { state: "any" }).set(count(sessions));
         metrics.running.set(count(leases));
-        metrics.queued.set(count(queue.len()));
+        metrics.queued.set(i64::try_from(queue.waiting()).unwrap_or(i64::MAX));
         metrics.storage_healthy.set(i64::from(*db.healthy().borrow()));
     }
 }

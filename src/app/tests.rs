@@ -154,3 +154,100 @@ async fn a_task_runs_from_submit_to_result_and_a_shutdown_is_quick() {
     down.await.unwrap().unwrap();
     drop(watching);
 }
+
+#[cfg(feature = "redis")]
+mod shared {
+    use super::*;
+    use crate::{config::Secret, db, redis::testing::Server};
+
+    #[tokio::test]
+    async fn a_redis_that_cannot_be_used_keeps_the_server_from_starting() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start();
+        let port = server.port();
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        for (url, says) in [
+            (format!("redis://:hush@{nobody}"), "check host and port"),
+            (format!("http://127.0.0.1:{port}"), "redis:// and, for TLS, rediss://"),
+            (format!("redis://127.0.0.1:{port}/nine"), "databases are numbers"),
+            (format!("redis://u:hush@127.0.0.1:{port}"), "check user and password"),
+        ] {
+            let mut config = config(&dir);
+            config.redis.url = Secret::from(url.as_str());
+            config.database.url = Secret::from("postgres://127.0.0.1:1/none");
+            let refused = App::start(config, Clock::system(), Entropy::system()).await;
+            let text = format!("{:#}", refused.err().unwrap());
+            assert!(text.contains("redis.url") && text.contains(says), "{text}");
+            assert!(!text.contains("hush"), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    #[ignore = "needs the server that BATON_TEST_POSTGRES names"]
+    async fn two_servers_share_a_queue_and_say_when_they_cannot() {
+        let mut redis = Server::start();
+        let dir = tempfile::tempdir().unwrap();
+        let db::Location::Url(database) = db::testing::location(dir.path()).await else {
+            panic!("BATON_TEST_POSTGRES names no server")
+        };
+        let server = |name: &str| {
+            let mut config = config(&dir);
+            config.storage.data_dir = dir.path().join(name);
+            config.redis.url = Secret::from(redis.settings().url.as_str());
+            config.database.url = Secret::from(database.as_str());
+            start(config)
+        };
+        let (one, other) = (server("one").await, server("other").await);
+        let entropy = Entropy::system();
+        let address = format!("http://{}", other.addr);
+        let mut runner = agent::Config::new(address, agent::engine::Settings::Echo, &entropy);
+        runner.engine_threads = 0;
+        let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
+        let shutdown = agent::Shutdown { drain, stop: stop.clone() };
+        let work = agent::run(runner, Clock::system(), entropy, shutdown);
+        other.supervisor.spawn("agent", async move {
+            work.await.unwrap();
+        });
+
+        let mut tasks = TaskServiceClient::new(channel(&one).await);
+        let mut run = async || {
+            let input = crate::json::struct_from_text(r#"{"text":"one two"}"#).unwrap();
+            let spec = pb::TaskSpec {
+                model: "demo/echo".into(),
+                input: Some(input),
+                ..Default::default()
+            };
+            let request = pb::SubmitTaskRequest { spec: Some(spec), ..Default::default() };
+            let submitted = tasks.submit_task(request).await.unwrap().into_inner();
+            let task_id = submitted.task.unwrap().task_id;
+            let done = async {
+                loop {
+                    let request = pb::GetTaskRequest { task_id: task_id.clone() };
+                    let task = tasks.get_task(request).await.unwrap().into_inner();
+                    if task.state == i32::from(pb::TaskState::Succeeded) {
+                        break;
+                    }
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(BOUND, done).await.unwrap();
+        };
+        run().await;
+
+        let mut health = HealthClient::new(channel(&one).await);
+        let request = HealthCheckRequest { service: "redis".into() };
+        let mut watch = health.watch(request).await.unwrap().into_inner();
+        assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+        redis.kill();
+        assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+        assert!(one.is_serving() && other.is_serving());
+        run().await;
+        redis.restart();
+        assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+        run().await;
+        stop.cancel();
+        drop(watch);
+        one.shutdown().await.unwrap();
+        other.shutdown().await.unwrap();
+    }
+}

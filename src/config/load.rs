@@ -7,7 +7,7 @@ use toml::{Table, Value};
 use super::{Config, Secret};
 
 /// Keys whose values are never shown.
-const SECRETS: [&str; 2] = ["database.url", "telemetry.otlp_headers"];
+const SECRETS: [&str; 3] = ["database.url", "redis.url", "telemetry.otlp_headers"];
 
 /// Where the layers come from, weakest first.
 #[derive(Clone, Debug, Default)]
@@ -361,8 +361,19 @@ mod tests {
     }
 
     #[test]
+    fn a_shared_queue_is_refused_without_a_shared_database() {
+        let error = load(&sources(&[("BATON_REDIS_URL", "redis://127.0.0.1")])).unwrap_err();
+        assert_eq!(error.key(), Some("database.url"));
+    }
+
+    #[test]
     fn secrets_do_not_show() {
-        let loaded = load(&sources(&[("BATON_TELEMETRY_OTLP_HEADERS", "x=hush")])).unwrap();
+        let loaded = load(&sources(&[
+            ("BATON_TELEMETRY_OTLP_HEADERS", "x=hush"),
+            ("BATON_REDIS_URL", "redis://u:hush@h"),
+            ("BATON_DATABASE_URL", "postgres://u:hush@h/d"),
+        ]));
+        let loaded = loaded.unwrap();
         assert_eq!(loaded.config.telemetry.otlp_headers.expose(), "x=hush");
         assert!(!format!("{loaded:?}").contains("hush"));
     }

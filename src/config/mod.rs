@@ -6,6 +6,7 @@
 
 mod artifacts;
 mod load;
+mod queue;
 mod storage;
 pub mod units;
 
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use artifacts::Artifacts;
 pub use load::{ConfigError, Entry, Loaded, Origin, Sources, load, variable};
+pub use queue::{FullPolicy, Queue, Redis};
 pub use storage::{Database, Retention, Storage};
 
 /// Everything that can be set.
@@ -39,8 +41,10 @@ pub struct Config {
     pub database: Database,
     /// How long what has ended is kept.
     pub retention: Retention,
-    /// Admission.
+    /// Admission, and what waits.
     pub queue: Queue,
+    /// What servers on one database share.
+    pub redis: Redis,
     /// Leases and runner sessions.
     pub runners: Runners,
     /// Live token logs.
@@ -224,42 +228,6 @@ fn is_host(text: &str) -> bool {
     }
 }
 
-/// Admission.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Queue {
-    /// Waiting tasks per model and namespace.
-    pub max_per_model: u64,
-    /// Waiting tasks per namespace.
-    pub max_per_namespace: u64,
-    /// What a full queue does.
-    pub full: FullPolicy,
-    /// A waiting task gains one point of priority each time this passes, so that none starves.
-    #[serde(with = "units::duration")]
-    pub ageing: Duration,
-}
-
-impl Default for Queue {
-    fn default() -> Self {
-        Self {
-            max_per_model: 1_000_000,
-            max_per_namespace: 2_000_000,
-            full: FullPolicy::Reject,
-            ageing: Duration::from_secs(30),
-        }
-    }
-}
-
-/// What a full queue does with a new task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FullPolicy {
-    /// Refuses it.
-    Reject,
-    /// Ends the oldest waiting task of the lowest priority, if not above the new one's.
-    DropOldest,
-}
-
 /// Leases and runner sessions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -385,7 +353,7 @@ impl Config {
             return refuse("tls.key", "must be set when tls.cert is".into());
         }
         let (limits, runners) = (&self.limits, &self.runners);
-        let least: [(&str, u64, u64); 16] = [
+        let least: [(&str, u64, u64); 17] = [
             ("server.io_threads", self.server.io_threads as u64, 1),
             ("limits.connections", limits.connections as u64, 1),
             ("limits.connections_per_ip", limits.connections_per_ip as u64, 1),
@@ -399,6 +367,7 @@ impl Config {
             ("database.connections", self.database.connections as u64, 5),
             ("queue.max_per_model", self.queue.max_per_model, 1),
             ("queue.max_per_namespace", self.queue.max_per_namespace, 1),
+            ("queue.max_attempts", self.queue.max_attempts.into(), 1),
             ("relay.per_task", self.relay.per_task, 65_536),
             ("artifacts.max_size", self.artifacts.max_size, 1),
             ("artifacts.max_uploads", self.artifacts.max_uploads, 1),
@@ -408,8 +377,9 @@ impl Config {
                 return refuse(key, format!("is {value}, and must be at least {least}"));
             }
         }
-        let most: [(&str, u64, u64); 5] = [
+        let most: [(&str, u64, u64); 6] = [
             ("server.io_threads", self.server.io_threads as u64, 1_024),
+            ("queue.max_attempts", self.queue.max_attempts.into(), 100),
             ("limits.connection_window", limits.connection_window, (1 << 31) - 1),
             ("limits.stream_window", limits.stream_window, (1 << 31) - 1),
             ("limits.message", limits.message, 1 << 30),
@@ -426,6 +396,11 @@ impl Config {
             ("limits.keepalive_interval", limits.keepalive_interval),
             ("limits.keepalive_timeout", limits.keepalive_timeout),
             ("queue.ageing", self.queue.ageing),
+            ("queue.initial_backoff", self.queue.initial_backoff),
+            ("queue.ack_timeout", self.queue.ack_timeout),
+            ("queue.dead_letter_ttl", self.queue.dead_letter_ttl),
+            ("redis.connect_timeout", self.redis.connect_timeout),
+            ("redis.command_timeout", self.redis.command_timeout),
             ("artifacts.upload_ttl", self.artifacts.upload_ttl),
             ("runners.heartbeat_interval", runners.heartbeat_interval),
             ("runners.max_stream_age", runners.max_stream_age),
@@ -441,6 +416,9 @@ impl Config {
                 "must be at least twice runners.heartbeat_interval, or one late heartbeat loses leases".into(),
             );
         }
+        if self.queue.max_backoff < self.queue.initial_backoff {
+            return refuse("queue.max_backoff", "must be at least queue.initial_backoff".into());
+        }
         if self.relay.total < self.relay.per_task {
             return refuse("relay.total", "must be at least relay.per_task".into());
         }
@@ -449,6 +427,10 @@ impl Config {
         }
         if let Some(problem) = self.database.url_fault() {
             return refuse("database.url", problem);
+        }
+        if !self.redis.url.expose().is_empty() && self.database.url.expose().is_empty() {
+            let problem = "must be set where redis.url is: servers that share a Redis share a database, such as postgres://user:password@host:5432/name";
+            return refuse("database.url", problem.into());
         }
         for origin in self.http.cors_origins() {
             if !is_origin(origin) {

@@ -105,12 +105,15 @@ impl Dispatcher {
             match answer {
                 Ok(task) => self.registry.assign(runner, task),
                 // What ended or runs has no business here; what storage refused has.
-                Err(error) if error.reason() == Reason::StorageUnavailable => {
+                Err(error)
+                    if matches!(error.reason(), Reason::StorageUnavailable | Reason::Conflict) =>
+                {
                     refused.push((entry, runner));
                 }
                 Err(error) => {
                     tracing::debug!(task.id = %entry.id, %error, "not started");
                     self.queue.give_back(runner);
+                    self.queue.gone(entry.id);
                 }
             }
         }

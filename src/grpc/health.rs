@@ -27,6 +27,8 @@ pub struct Health {
     reporter: HealthReporter,
     names: Arc<[&'static str]>,
     serving: watch::Sender<bool>,
+    /// What is amiss though the services serve.
+    amiss: watch::Sender<Option<String>>,
     closed: Arc<AtomicBool>,
 }
 
@@ -37,6 +39,7 @@ impl Health {
             reporter: HealthReporter::new(),
             names: services.names().into(),
             serving: watch::Sender::new(false),
+            amiss: watch::Sender::new(None),
             closed: Arc::default(),
         };
         health.set(false).await;
@@ -58,6 +61,15 @@ impl Health {
             self.reporter.set_service_status(name, status).await;
         }
         self.serving.send_replace(serving);
+    }
+
+    /// Says how a part is that the services can do without: it is watched under its own name, and
+    /// `/readyz` says what is amiss.
+    pub async fn set_part(&self, name: &str, amiss: Option<String>) {
+        let status =
+            if amiss.is_none() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        self.reporter.set_service_status(name, status).await;
+        self.amiss.send_replace(amiss);
     }
 
     /// Whether the services serve.
@@ -90,10 +102,12 @@ pub fn router(
     on_scrape: impl Fn() + Clone + Send + Sync + 'static,
 ) -> Router {
     let ready = move || async move {
+        let amiss = health.amiss.borrow().as_ref().map(|amiss| format!("; {amiss}"));
+        let amiss = amiss.unwrap_or_default();
         if health.is_serving() {
-            (StatusCode::OK, "ready\n")
+            (StatusCode::OK, format!("ready{amiss}\n"))
         } else {
-            (StatusCode::SERVICE_UNAVAILABLE, "not serving\n")
+            (StatusCode::SERVICE_UNAVAILABLE, format!("not serving{amiss}\n"))
         }
     };
     let scrape = move || async move {

@@ -15,6 +15,33 @@ use crate::{
 /// When a refused submit should be tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// What is full.
+#[derive(Clone, Copy, Debug)]
+pub enum Full<'a> {
+    /// The queue of a model.
+    Model(&'a str),
+    /// All queues of a namespace.
+    Namespace(&'a Namespace),
+}
+
+impl Full<'_> {
+    /// `QUEUE_FULL`, with the numbers that are in the way.
+    pub fn error(self, limit: u64, depth: u64) -> Error {
+        let (label, what) = match self {
+            Self::Model(model) => ("queue.per_model", format!("queue of `{model}`")),
+            Self::Namespace(namespace) => {
+                ("queue.per_namespace", format!("namespace `{namespace}`"))
+            }
+        };
+        let message = format!("the {what} is full: {depth} tasks wait, {limit} may");
+        Error::new(Kind::ResourceExhausted, Reason::QueueFull, message)
+            .with("policy_label", label)
+            .with("limit", limit)
+            .with("depth", depth)
+            .retry_after(RETRY_AFTER)
+    }
+}
+
 impl Core {
     /// Holds room for one task; returns the entry that had to leave for it.
     pub(super) fn admit(
@@ -43,19 +70,11 @@ impl Core {
             FullPolicy::Reject => None,
         };
         if full && evicted.is_none() {
-            let (label, limit, depth, what) = if model_full {
-                let what = format!("queue of `{model}`");
-                ("queue.per_model", self.limits.max_per_model, in_model, what)
+            return Err(if model_full {
+                Full::Model(model).error(self.limits.max_per_model, in_model)
             } else {
-                let what = format!("namespace `{namespace}`");
-                ("queue.per_namespace", self.limits.max_per_namespace, in_namespace, what)
-            };
-            let message = format!("the {what} is full: {depth} tasks wait, {limit} may");
-            return Err(Error::new(Kind::ResourceExhausted, Reason::QueueFull, message)
-                .with("policy_label", label)
-                .with("limit", limit)
-                .with("depth", depth)
-                .retry_after(RETRY_AFTER));
+                Full::Namespace(namespace).error(self.limits.max_per_namespace, in_namespace)
+            });
         }
         self.buckets[bucket].held += 1;
         self.namespaces[tenant].held += 1;

@@ -11,9 +11,11 @@ use std::{
 
 use super::{
     estimate::{Rate, Service},
+    far::Far,
     lane::Lane,
     model::{Entry, Limits, Match, ModelPattern, Pause, SupplyKey},
     policy::{self, Rank},
+    report::Elsewhere,
     sessions::Sessions,
     slab::Slab,
     supply::Supplies,
@@ -40,6 +42,10 @@ pub(super) struct Core {
     class_ids: HashMap<Spec, u32>,
     classes_by_model: HashMap<String, Vec<u32>>,
     pub lanes: Slab<Lane>,
+    /// What waits in a backlog that other servers share.
+    pub far: Far,
+    /// What other servers told of themselves.
+    pub elsewhere: Elsewhere,
     pub supplies: Supplies,
     pub services: HashMap<String, Service>,
     /// Buckets of the tasks that run.
@@ -74,6 +80,12 @@ pub(super) struct Bucket {
     pub namespace: u32,
     pub model: String,
     pub lanes: Vec<u32>,
+    /// Its lanes in the backlog, and how much waits there.
+    pub far: Vec<u32>,
+    pub far_depth: u64,
+    /// Tasks that run elsewhere, and how many start there per second.
+    pub far_running: u64,
+    pub far_rate: f64,
     /// Tasks that wait, delayed ones included, and admissions held.
     pub waiting: u64,
     pub held: u64,
@@ -115,6 +127,8 @@ impl Core {
             class_ids: HashMap::new(),
             classes_by_model: HashMap::new(),
             lanes: Slab::default(),
+            far: Far::default(),
+            elsewhere: Elsewhere::default(),
             supplies: Supplies::default(),
             services: HashMap::new(),
             running: HashMap::new(),
@@ -129,6 +143,11 @@ impl Core {
 
     pub(super) fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// Credits that are free.
+    pub(super) fn free(&self) -> u32 {
+        self.supplies.profiles.iter().map(|(_, profile)| profile.free).sum()
     }
 
     pub(super) fn next_delayed(&self) -> Option<Micros> {
@@ -173,6 +192,17 @@ impl Core {
         for lane in self.buckets[bucket].lanes.clone() {
             self.offer(lane);
         }
+        for lane in self.buckets[bucket].far.clone() {
+            self.offer_far(lane);
+        }
+    }
+
+    pub(super) fn pauses(&self) -> Vec<(Namespace, String, Pause)> {
+        let paused = self.buckets.iter().filter_map(|(_, bucket)| {
+            let namespace = self.namespaces[bucket.namespace].name.clone();
+            Some((namespace, bucket.model.clone(), bucket.pause.clone()?))
+        });
+        paused.collect()
     }
 
     /// Decides: up to `max` tasks with their runners.
@@ -319,6 +349,10 @@ impl Core {
             namespace,
             model: model.to_owned(),
             lanes: Vec::new(),
+            far: Vec::new(),
+            far_depth: 0,
+            far_running: 0,
+            far_rate: 0.0,
             waiting: 0,
             held: 0,
             delayed: 0,
@@ -402,6 +436,7 @@ impl Core {
         }
         let unused = |bucket: &Bucket| {
             bucket.lanes.is_empty()
+                && bucket.far.is_empty()
                 && bucket.waiting + bucket.held + bucket.running == 0
                 && bucket.pause.is_none()
         };

@@ -37,7 +37,7 @@ impl Rate {
         *self = Self { value: self.faded(now) + 1.0, at: now };
     }
 
-    fn per_second(&self, now: Mono) -> f64 {
+    pub(super) fn per_second(&self, now: Mono) -> f64 {
         self.faded(now) / RATE_WINDOW
     }
 }
@@ -51,6 +51,16 @@ pub(super) struct Service {
 }
 
 impl Service {
+    /// One that others measured.
+    pub(super) fn measured(mean: f64, variance: f64) -> Self {
+        Self { count: 1, mean, variance }
+    }
+
+    /// Mean and variance, once something was measured.
+    pub(super) fn known(&self) -> Option<(f64, f64)> {
+        (self.count > 0).then_some((self.mean, self.variance))
+    }
+
     fn add(&mut self, seconds: f64) {
         self.count += 1;
         let weight = (1.0 / self.count as f64).max(SERVICE_WEIGHT);
@@ -96,7 +106,8 @@ impl Core {
         let Some(bucket) = self.find_bucket(&entry.namespace, &entry.model) else { return 1 };
         let rank = self.rank(entry);
         let lanes = self.buckets[bucket].lanes.iter().take(LOOKED_AT);
-        1 + lanes.map(|lane| self.lanes[*lane].before(rank) as u64).sum::<u64>()
+        let here = lanes.map(|lane| self.lanes[*lane].before(rank) as u64).sum::<u64>();
+        1 + here + self.far_before(bucket, rank)
     }
 
     /// Profiles that would serve an entry.
@@ -130,14 +141,16 @@ impl Core {
         let own = self.find_namespace(&entry.namespace);
         for profile in self.matching(entry) {
             slots += u64::from(profile.ready_slots);
-            free += u64::from(profile.free);
-            rivals = rivals.max(profile.ring.rivals(own));
+            free += u64::from(profile.free + profile.far_free);
+            let others = profile.ring.rivals(own).max(profile.far.rivals(own));
+            rivals = rivals.max(others);
         }
         if slots == 0 {
             return estimate;
         }
         let delay = entry.not_before.map_or(0.0, |time| time.since(now).as_secs_f64());
         let service = self.services.get(&entry.model).filter(|service| service.count > 0);
+        let service = service.or_else(|| self.elsewhere.services.get(&entry.model));
         let weight = own.map_or(1, |id| u64::from(self.namespaces[id].weight));
         let servers = slots as f64 * weight as f64 / (weight + rivals) as f64;
         // Tasks that must end before it starts.
@@ -177,17 +190,20 @@ impl Core {
             let profile = &self.supplies.profiles[id];
             if profile.admits(namespace) {
                 stats.slots += profile.slots;
-                stats.free_slots += profile.free;
+                stats.free_slots += profile.free + profile.far_free;
             }
         }
         let Some(bucket) = self.find_bucket(namespace, model) else { return stats };
+        let (far, far_delayed, far_oldest) = self.far_counts(bucket);
         let bucket = &self.buckets[bucket];
-        let oldest = bucket.lanes.iter().filter_map(|lane| self.lanes[*lane].oldest()).min();
+        let oldest = bucket.lanes.iter().filter_map(|lane| self.lanes[*lane].oldest());
+        let oldest = oldest.chain(far_oldest).min();
         stats.depth = bucket.lanes.iter().map(|lane| self.lanes[*lane].len() as u64).sum();
-        stats.delayed = bucket.delayed;
-        stats.running = bucket.running;
+        stats.depth += far;
+        stats.delayed = bucket.delayed + far_delayed;
+        stats.running = bucket.running + bucket.far_running;
         stats.oldest_wait = oldest.map(|time| now.since(time));
-        stats.start_rate = bucket.starts.per_second(mono);
+        stats.start_rate = bucket.starts.per_second(mono) + bucket.far_rate;
         stats.pause.clone_from(&bucket.pause);
         stats
     }
@@ -198,7 +214,10 @@ impl Core {
             .buckets
             .values()
             .map(|id| &self.buckets[*id])
-            .filter(|bucket| bucket.waiting + bucket.running > 0 || bucket.pause.is_some())
+            .filter(|bucket| {
+                bucket.waiting + bucket.running + bucket.far_running + bucket.far_depth > 0
+                    || bucket.pause.is_some()
+            })
             .map(|bucket| self.stats(namespace, &bucket.model, now, mono))
             .collect();
         queues.sort_unstable_by(|a, b| a.model.cmp(&b.model));

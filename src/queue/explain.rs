@@ -7,25 +7,24 @@ use super::{
     model::{Entry, WaitReason, Waiting},
     supply::Profile,
 };
-use crate::{clock::Micros, id::TaskId};
+use crate::clock::Micros;
 
 impl Core {
-    pub(super) fn explain(&self, id: TaskId, now: Micros) -> Option<Waiting> {
-        let waiter = self.entries.get(&id)?;
-        let (entry, bucket) = (&waiter.entry, &self.buckets[waiter.bucket]);
-        let model = &entry.model;
+    pub(super) fn explain(&self, entry: &Entry, now: Micros) -> Waiting {
+        let (id, model) = (entry.id, &entry.model);
+        let bucket = self.find_bucket(&entry.namespace, model);
         let mut evidence = BTreeMap::from([("model", model.clone())]);
         let wait = now.since(entry.create_time);
         evidence.insert("waited_ms", wait.as_millis().to_string());
 
-        if let Some(pause) = &bucket.pause {
+        if let Some(pause) = bucket.and_then(|bucket| self.buckets[bucket].pause.as_ref()) {
             evidence.insert("paused_by", pause.by.clone());
             evidence.insert("pause_reason", pause.reason.clone());
             evidence.insert("pause_time_us", pause.time.0.to_string());
             let why = if pause.reason.is_empty() { "no reason given" } else { &pause.reason };
             let summary = format!("the queue of `{model}` is paused by {} ({why})", pause.by);
             let next = format!("resume it: baton queue resume {model}");
-            return Some(waiting(WaitReason::QueuePaused, summary, next, evidence));
+            return waiting(WaitReason::QueuePaused, summary, next, evidence);
         }
         if let Some(time) = entry.not_before.filter(|time| *time > now) {
             let rest = time.since(now);
@@ -33,7 +32,7 @@ impl Core {
             evidence.insert("remaining_ms", rest.as_millis().to_string());
             evidence.insert("attempts", entry.attempt.to_string());
             let seconds = rest.as_secs_f64();
-            return Some(if entry.attempt > 0 {
+            return if entry.attempt > 0 {
                 let attempt = entry.attempt;
                 let summary = format!(
                     "it waits {seconds:.1} s more before it tries again after attempt {attempt}"
@@ -43,9 +42,9 @@ impl Core {
             } else {
                 let summary = format!("it may start in {seconds:.1} s, as the submit asked");
                 waiting(WaitReason::NotBefore, summary, String::new(), evidence)
-            });
+            };
         }
-        Some(self.explain_supply(entry, evidence))
+        self.explain_supply(entry, evidence)
     }
 
     fn explain_supply(
@@ -98,7 +97,7 @@ impl Core {
             let next = "wait for them to come back, or start another runner".to_owned();
             return waiting(WaitReason::RunnersDraining, summary, next, evidence);
         }
-        let free: u32 = matching.iter().map(|profile| profile.free).sum();
+        let free: u32 = matching.iter().map(|profile| profile.free + profile.far_free).sum();
         let position = self.position(entry);
         evidence.insert("free_slots", free.to_string());
         evidence.insert("queue_position", position.to_string());

@@ -1,6 +1,8 @@
 //! What the queue is told and what it answers; no behaviour beyond small accessors.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Micros,
@@ -81,6 +83,16 @@ impl ModelPattern {
     }
 }
 
+impl fmt::Display for ModelPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("*"),
+            Self::Model(model) => f.write_str(model),
+            Self::Version(model, version) => write!(f, "{model}@{version}"),
+        }
+    }
+}
+
 /// A runner as the queue sees it.
 #[derive(Clone, Debug)]
 pub struct RunnerSupply {
@@ -118,6 +130,89 @@ pub struct Match {
     pub entry: Entry,
     /// The runner.
     pub runner: SupplyKey,
+}
+
+/// A lane of the backlog that servers share: tasks of one queue and priority that the same runners
+/// can run, oldest first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaneSpec {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Tenant.
+    pub namespace: Namespace,
+    /// `owner/name`.
+    pub model: String,
+    /// Wanted version; `None` when any will do.
+    pub version: Option<String>,
+    /// Labels that a runner must have.
+    pub required_labels: Arc<BTreeMap<String, String>>,
+    /// -100 to 100.
+    pub priority: i32,
+}
+
+/// What a lane holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LaneState {
+    /// When the task that comes next was accepted; `None` when none waits.
+    pub next: Option<Micros>,
+    /// When the youngest task was.
+    pub last: Option<Micros>,
+    /// Tasks that no server has taken.
+    pub waiting: u64,
+    /// All tasks, those with a server and not started included.
+    pub entries: u64,
+    /// Since when the oldest is in the lane.
+    pub oldest: Option<Micros>,
+}
+
+/// What to fetch from the backlog.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fetch {
+    /// From which lane.
+    pub lane: Arc<str>,
+    /// Most tasks.
+    pub most: u32,
+}
+
+/// What a server says of itself, for the others' numbers and explanations.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Its runners.
+    pub runners: Vec<Runners>,
+    /// Its part of the queues.
+    pub queues: Vec<QueuePart>,
+    /// Service time by model: mean and variance, in seconds and their square.
+    pub services: BTreeMap<String, (f64, f64)>,
+}
+
+/// Runners of one server that are alike.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Runners {
+    /// Their namespace.
+    pub namespace: String,
+    /// What they serve, as announced.
+    pub models: Vec<String>,
+    /// Their labels.
+    pub labels: BTreeMap<String, String>,
+    /// Slots of all.
+    pub slots: u32,
+    /// Slots of those that take work.
+    pub ready_slots: u32,
+    /// Free ones among these.
+    pub free: u32,
+}
+
+/// One server's part of a queue.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QueuePart {
+    /// Tenant.
+    pub namespace: String,
+    /// `owner/name`.
+    pub model: String,
+    /// Tasks that run there.
+    pub running: u64,
+    /// Tasks started per second.
+    pub start_rate: f64,
 }
 
 /// Who paused a queue.

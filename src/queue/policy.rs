@@ -143,6 +143,19 @@ impl Ring {
         self.now = start;
     }
 
+    /// Takes back the charge for one task that was not to be had.
+    pub(super) fn refund(&mut self, namespace: u32) {
+        let now = self.now;
+        let Some(member) = self.members.get_mut(&namespace) else { return };
+        let before = member.time;
+        member.time = before.saturating_sub(cost(member.weight)).max(now);
+        if !member.heads.is_empty() {
+            let after = member.time;
+            self.order.remove(&(before, namespace));
+            self.order.insert((after, namespace));
+        }
+    }
+
     /// Bounds the memory of namespaces that have gone. One whose time has passed comes back as
     /// if it had never been here.
     fn forget(&mut self) {

@@ -33,6 +33,15 @@ impl<T> Slab<T> {
         value
     }
 
+    pub(super) fn get_mut(&mut self, id: u32) -> Option<&mut T> {
+        self.slots.get_mut(id as usize)?.as_mut()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut T)> {
+        let slots = self.slots.iter_mut().enumerate();
+        slots.filter_map(|(id, slot)| Some((id as u32, slot.as_mut()?)))
+    }
+
     pub(super) fn len(&self) -> usize {
         self.slots.len() - self.vacant.len()
     }

@@ -37,12 +37,16 @@ pub(super) struct Profile {
     pub ready_slots: u32,
     /// Free credits.
     pub free: u32,
+    /// Free credits of runners at other servers.
+    pub far_free: u32,
     /// Runners with free credits: load, when last served, key.
     idle: BTreeSet<(u32, u64, SupplyKey)>,
     /// Classes that they serve.
     pub classes: HashSet<u32>,
     /// What is next here.
     pub ring: Ring,
+    /// What is next in the backlog.
+    pub far: Ring,
     /// Its key among the active ones.
     active: Option<Active>,
 }
@@ -52,7 +56,7 @@ type Active = (u32, u32, u32);
 
 impl Profile {
     /// How much the runners can do; those that can do little are served first.
-    fn flexibility(&self) -> u32 {
+    pub(super) fn flexibility(&self) -> u32 {
         let any = self.spec.models.contains(&ModelPattern::Any);
         if any { u32::MAX } else { self.spec.models.len() as u32 }
     }
@@ -88,13 +92,17 @@ pub(super) struct Supply {
     namespace: Namespace,
     models: Vec<ModelPattern>,
     labels: BTreeMap<String, String>,
-    slots: u32,
+    pub slots: u32,
+    /// Slots that take work, of runners at another server.
+    ready_slots: u32,
+    /// Whether it stands for runners at another server.
+    pub far: bool,
     pub runner: RunnerId,
     /// As announced.
     free: u32,
     /// Matches between decision and assignment.
     in_flight: u32,
-    state: SupplyState,
+    pub state: SupplyState,
     /// When it was last served, in decisions.
     served: u64,
     /// How the profile counts it now.
@@ -105,10 +113,16 @@ pub(super) struct Supply {
 struct Counted {
     idle: Option<(u32, u64)>,
     free: u32,
+    far_free: u32,
     ready_slots: u32,
 }
 
 impl Supply {
+    /// What it says of itself: namespace, models and labels.
+    pub(super) fn kind(&self) -> (&Namespace, &[ModelPattern], &BTreeMap<String, String>) {
+        (&self.namespace, &self.models, &self.labels)
+    }
+
     /// Credits that a match may take.
     pub(super) fn available(&self) -> u32 {
         match self.state {
@@ -215,10 +229,16 @@ impl Supplies {
     fn recount(&mut self, key: SupplyKey) {
         let Some(supply) = self.by_key.get_mut(&key) else { return };
         let available = supply.available();
-        let counted = Counted {
-            idle: (available > 0).then(|| (policy::load(available, supply.slots), supply.served)),
-            free: available,
-            ready_slots: if supply.state == SupplyState::Ready { supply.slots } else { 0 },
+        let counted = if supply.far {
+            Counted { far_free: available, ready_slots: supply.ready_slots, ..Counted::default() }
+        } else {
+            let load = || (policy::load(available, supply.slots), supply.served);
+            Counted {
+                idle: (available > 0).then(load),
+                free: available,
+                far_free: 0,
+                ready_slots: if supply.state == SupplyState::Ready { supply.slots } else { 0 },
+            }
         };
         let id = supply.profile;
         let profile = &mut self.profiles[id];
@@ -236,12 +256,24 @@ impl Profile {
             self.idle.extend(after.idle.map(|(load, served)| (load, served, key)));
         }
         self.free = self.free - before.free + after.free;
+        self.far_free = self.far_free - before.far_free + after.far_free;
         self.ready_slots = self.ready_slots - before.ready_slots + after.ready_slots;
     }
 }
 
 impl Core {
     pub(super) fn runner_up(&mut self, up: RunnerSupply) {
+        let name = (up.namespace.clone(), up.runner.clone());
+        self.supplies.by_runner.insert(name, up.key);
+        self.supply_up(up, None);
+    }
+
+    /// Runners at another server, which no match takes.
+    pub(super) fn far_runners_up(&mut self, up: RunnerSupply, ready_slots: u32) {
+        self.supply_up(up, Some(ready_slots));
+    }
+
+    fn supply_up(&mut self, up: RunnerSupply, far: Option<u32>) {
         let old = self.take_down(up.key);
         let (free, in_flight, state) = old.map_or((0, 0, SupplyState::Ready), |supply| {
             (supply.free, supply.in_flight, supply.state)
@@ -253,14 +285,14 @@ impl Core {
             let label = (key.clone(), value.clone());
             self.supplies.carriers.entry(label).or_default().insert(up.key);
         }
-        let name = (up.namespace.clone(), up.runner.clone());
-        self.supplies.by_runner.insert(name, up.key);
         let supply = Supply {
             profile: 0,
             namespace: up.namespace,
             models,
             labels: up.labels,
             slots: up.slots,
+            ready_slots: far.unwrap_or_default(),
+            far: far.is_some(),
             runner: up.runner,
             free,
             in_flight,
@@ -361,9 +393,11 @@ impl Core {
             slots: 0,
             ready_slots: 0,
             free: 0,
+            far_free: 0,
             idle: BTreeSet::new(),
             classes: HashSet::new(),
             ring: Ring::new(self.supplies.made),
+            far: Ring::new(!self.supplies.made),
             active: None,
         };
         let id = self.supplies.profiles.insert(profile);
@@ -378,6 +412,7 @@ impl Core {
         for class in self.classes_for(&spec.models) {
             self.connect(id, class);
         }
+        self.offer_all_far(id);
         id
     }
 

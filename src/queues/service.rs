@@ -1,6 +1,6 @@
 //! `QueueService`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::Mutex;
 use tonic::{Request, Response, Status};
@@ -17,6 +17,9 @@ use crate::{
     queue::{Pause, Queue},
 };
 
+/// How late a pause that another server wrote is seen here, at most.
+const FOLLOW_EVERY: Duration = Duration::from_secs(1);
+
 /// The service over the queue.
 #[derive(Clone)]
 pub struct Service {
@@ -31,6 +34,36 @@ impl Service {
     /// The service.
     pub fn new(db: Db, queue: Queue, clock: Clock) -> Self {
         Self { db, queue, clock, order: Arc::default() }
+    }
+
+    /// Follows the pauses that other servers on the same database write, for ever.
+    pub async fn follow(self) -> anyhow::Result<()> {
+        loop {
+            self.clock.sleep(FOLLOW_EVERY).await;
+            if let Err(error) = self.follow_once().await {
+                tracing::debug!(%error, "pauses were not read");
+            }
+        }
+    }
+
+    /// Takes over the pauses that are in the database.
+    pub async fn follow_once(&self) -> Result<(), Error> {
+        let _order = self.order.lock().await;
+        let rows = self.db.read(|tx| Box::pin(async move { store::list(tx).await })).await?;
+        let mut before = self.queue.pauses();
+        for store::Paused { namespace, model, pause } in rows {
+            let same = |paused: &(Namespace, String, Pause)| {
+                (&paused.0, &paused.1, &paused.2) == (&namespace, &model, &pause)
+            };
+            if !before.iter().any(same) {
+                self.queue.set_paused(&namespace, &model, Some(pause));
+            }
+            before.retain(|(other, name, _)| (other, name) != (&namespace, &model));
+        }
+        for (namespace, model, _) in before {
+            self.queue.set_paused(&namespace, &model, None);
+        }
+        Ok(())
     }
 
     async fn set_paused(
@@ -167,6 +200,22 @@ mod tests {
 
         let third = service(&dir).await;
         assert_eq!(third.get_queue(get()).await.unwrap().into_inner().pause, None);
+    }
+
+    #[tokio::test]
+    async fn a_pause_and_its_end_are_seen_by_another_server() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, other) = (service(&dir).await, service(&dir).await);
+        one.pause_queue(pause("a/m")).await.unwrap();
+        one.pause_queue(pause("b/m")).await.unwrap();
+        assert_eq!(other.queue.pauses(), []);
+        other.follow_once().await.unwrap();
+        assert_eq!(other.queue.pauses().len(), 2);
+        let resume = asked(pb::ResumeQueueRequest { model: "a/m".into() }, &[Scope::Admin]);
+        other.resume_queue(resume).await.unwrap();
+        one.follow_once().await.unwrap();
+        let left: Vec<_> = one.queue.pauses().into_iter().map(|(_, model, _)| model).collect();
+        assert_eq!(left, ["b/m"]);
     }
 
     #[tokio::test]

@@ -14,7 +14,8 @@ use crate::{
 /// Rows read at once.
 const PAGE: u32 = 5000;
 
-/// Puts every waiting task in the queue; returns how many there are.
+/// Watches the time limits of every waiting task and puts it in the queue, unless that shares its
+/// tasks with other servers; returns how many there are.
 pub async fn waiting(parts: &Parts) -> Result<usize> {
     let mut after = None;
     let mut n_tasks = 0;
@@ -31,7 +32,9 @@ pub async fn waiting(parts: &Parts) -> Result<usize> {
                 parts.timers.add(at, task, limit);
             }
         }
-        parts.queue.push_all(page.into_iter().map(|waiting| waiting.entry));
+        if !parts.queue.is_shared() {
+            parts.queue.push_all(page.into_iter().map(|waiting| waiting.entry));
+        }
     }
 }
 

@@ -78,6 +78,8 @@ pub struct Metrics {
     pub panics: Counter,
     /// 1 while storage takes writes.
     pub storage_healthy: Gauge,
+    /// 1 while the Redis that servers share answers; 0 also where none is configured.
+    pub redis_healthy: Gauge,
     /// Start of the process, Unix seconds.
     pub start_time_seconds: Gauge<f64, AtomicU64>,
 }
@@ -160,6 +162,7 @@ impl Metrics {
             shed: counter(r, "rpcs_shed", "Calls refused under load"),
             panics: counter(r, "panics", "Panics caught"),
             storage_healthy: gauge(r, "storage_healthy", "1 while storage takes writes"),
+            redis_healthy: gauge(r, "redis_healthy", "1 while the shared Redis answers"),
             start_time_seconds: float_gauge(r, "start_time_seconds", "Start, Unix seconds"),
             registry: Arc::new(registry),
         }

@@ -1,5 +1,6 @@
 //! The queue's promises, one by one.
 
+mod far;
 mod random;
 
 use std::collections::{BTreeMap, HashMap};
@@ -44,6 +45,13 @@ fn runner(key: u64, models: &[&str], slots: u32) -> RunnerSupply {
         slots,
         runner: RunnerId::from(format!("r{key}")),
     }
+}
+
+/// Asks for room for a task.
+fn admit(queue: &Queue, namespace: &Namespace, model: &str, priority: i32) -> Result<Admission> {
+    let (namespace, model) = (namespace.clone(), model.to_owned());
+    let asked = Asked { task: id(99), namespace, model, priority };
+    futures_executor::block_on(queue.admit(asked))
 }
 
 fn queue(limits: Limits) -> (Queue, Clock) {
@@ -156,21 +164,21 @@ fn a_full_queue_refuses_and_says_so() {
     let (queue, _) = queue(Limits { max_per_model: 2, max_per_namespace: 3, ..Limits::default() });
     let ns = Namespace::from("default");
     for n in 0..2 {
-        let admission = queue.admit(&ns, "a/m", 0).unwrap();
+        let admission = admit(&queue, &ns, "a/m", 0).unwrap();
         queue.push(entry(n));
-        admission.done();
+        admission.done(id(99));
     }
-    let error = queue.admit(&ns, "a/m", 100).unwrap_err();
+    let error = admit(&queue, &ns, "a/m", 100).unwrap_err();
     assert_eq!(error.reason(), Reason::QueueFull);
     assert!(error.metadata().contains(&("policy_label", "queue.per_model".into())));
     assert!(error.retry_delay().is_some());
-    let held = queue.admit(&ns, "b/m", 0).unwrap();
-    let error = queue.admit(&ns, "b/m", 0).unwrap_err();
+    let held = admit(&queue, &ns, "b/m", 0).unwrap();
+    let error = admit(&queue, &ns, "b/m", 0).unwrap_err();
     assert!(error.metadata().contains(&("policy_label", "queue.per_namespace".into())));
     drop(held);
-    let other = queue.admit(&Namespace::from("x"), "a/m", 0).unwrap();
+    let other = admit(&queue, &Namespace::from("x"), "a/m", 0).unwrap();
     assert_eq!(other.evict(), None, "another namespace's queue is its own");
-    queue.admit(&ns, "b/m", 0).unwrap().done();
+    admit(&queue, &ns, "b/m", 0).unwrap().done(id(99));
 }
 
 #[test]
@@ -182,15 +190,15 @@ fn under_drop_the_oldest_of_the_lowest_priority_leaves() {
     for (n, priority) in [(1, 5), (2, 0), (3, 0)] {
         queue.push(Entry { priority, ..entry(n) });
     }
-    let admission = queue.admit(&ns, "a/m", 0).unwrap();
+    let admission = admit(&queue, &ns, "a/m", 0).unwrap();
     assert_eq!(admission.evict(), Some(id(2)));
     drop(admission);
     assert!(queue.contains(id(2)), "an admission that came to nothing evicts nothing");
-    let admission = queue.admit(&ns, "a/m", 0).unwrap();
+    let admission = admit(&queue, &ns, "a/m", 0).unwrap();
     queue.push(entry(4));
-    admission.done();
+    admission.done(id(99));
     assert!(!queue.contains(id(2)) && queue.len() == 3);
-    let error = queue.admit(&ns, "a/m", -1).unwrap_err();
+    let error = admit(&queue, &ns, "a/m", -1).unwrap_err();
     assert_eq!(error.reason(), Reason::QueueFull, "nothing of lower priority waits");
 }
 
@@ -241,13 +249,13 @@ fn estimates_follow_measured_service_times() {
 fn an_explanation_names_the_dominant_reason() {
     let (queue, clock) = queue(Limits::default());
     let ns = Namespace::from("default");
-    let why = |n| queue.explain(id(n)).unwrap().reason;
+    let why = |n| queue.explain(&entry(n)).unwrap().reason;
     queue.push(entry(1));
     assert_eq!(why(1), WaitReason::NoRunnerForModel);
     ready(&queue, runner(1, &["a/m@1"], 1), 0);
     queue.push(Entry { version: Some("2".into()), ..entry(2) });
     assert_eq!(why(2), WaitReason::NoRunnerForModel);
-    assert_eq!(queue.explain(id(2)).unwrap().evidence["connected_versions"], "1");
+    assert_eq!(queue.explain(&entry(2)).unwrap().evidence["connected_versions"], "1");
     assert_eq!(why(1), WaitReason::NoFreeSlot);
     let picky = Arc::new(labels(&[("gpu", "h200")]));
     queue.push(Entry { required_labels: picky, ..entry(3) });
@@ -264,10 +272,10 @@ fn an_explanation_names_the_dominant_reason() {
     assert_eq!((why(5), why(6)), (WaitReason::NotBefore, WaitReason::Backoff));
     let pause = Pause { by: "me".into(), reason: "maintenance".into(), time: EPOCH };
     queue.set_paused(&ns, "a/m", Some(pause));
-    let waiting = queue.explain(id(1)).unwrap();
+    let waiting = queue.explain(&entry(1)).unwrap();
     assert_eq!(waiting.reason, WaitReason::QueuePaused);
     assert!(waiting.summary.contains("maintenance") && waiting.next_step.contains("resume"));
-    assert_eq!(queue.explain(id(77)), None);
+    assert_eq!(queue.explain(&entry(77)), None);
 }
 
 #[test]

@@ -66,12 +66,33 @@ impl World {
         Self::open(Arc::new(tempfile::tempdir().unwrap()), Starts::Accepting).await
     }
 
+    /// One of several servers on the database that belongs to a directory.
+    pub async fn among(
+        dir: Arc<tempfile::TempDir>,
+        clock: Clock,
+        queue: Queue,
+        supervisor: Supervisor,
+    ) -> Self {
+        Self::assemble(dir, clock, queue, supervisor, Starts::Accepting).await
+    }
+
     async fn open(dir: Arc<tempfile::TempDir>, starts: Starts) -> Self {
         let clock = Clock::manual();
+        let queue = Queue::new(queue::Limits::default(), clock.clone());
+        Self::assemble(dir, clock, queue, Supervisor::new(), starts).await
+    }
+
+    async fn assemble(
+        dir: Arc<tempfile::TempDir>,
+        clock: Clock,
+        queue: Queue,
+        supervisor: Supervisor,
+        starts: Starts,
+    ) -> Self {
         let parts = Parts {
             db: crate::db::testing::open(dir.path()).await,
             blobs: crate::blob::Blobs::open(dir.path().join("transcripts")).await.unwrap(),
-            queue: Queue::new(queue::Limits::default(), clock.clone()),
+            queue,
             clock: clock.clone(),
             entropy: Entropy::seeded(7),
             relay: Relay::new(Limits::default()),
@@ -80,7 +101,6 @@ impl World {
             metrics: Metrics::new(),
         };
         let (ledger, mut writer) = ledger::new(parts.clone());
-        let supervisor = Supervisor::new();
         let store_down = Arc::new(AtomicBool::new(false));
         let registry = Registry::new(
             RunnerLimits::default(),
@@ -223,7 +243,7 @@ async fn get(db: &Db, id: TaskId) -> Result<Task> {
     rows.into_iter().next().ok_or_else(|| Error::not_found("task", id))
 }
 
-fn new_task() -> NewTask {
+pub fn new_task() -> NewTask {
     NewTask {
         id: None,
         namespace: Namespace::from("default"),

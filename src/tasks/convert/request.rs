@@ -39,12 +39,14 @@ pub struct Submit {
     pub require_on_time: bool,
 }
 
-/// Checks a submit at `now`; `seed` is used when the client gave none. Names every bad field.
+/// Checks a submit at `now`; `seed` and `retry` are used where the client gave none. Names every
+/// bad field.
 pub fn submit(
     request_id: &str,
     spec: Option<pb::TaskSpec>,
     now: Micros,
     seed: u64,
+    retry: &RetryPolicy,
 ) -> Result<Submit> {
     let mut check = Check::default();
     let Some(wire) = spec else { return Err(Error::invalid("spec", "is required")) };
@@ -75,7 +77,7 @@ pub fn submit(
         "spec.session_id",
         || "has more than 128 characters or a NUL".to_owned(),
     );
-    let retry = check.retry(wire.retry.as_ref());
+    let retry = check.retry(wire.retry.as_ref(), retry);
     let request_id = check.request_id("request_id", request_id);
     // Rows hold signed numbers, and JSON numbers are exact up to 2^53.
     let seed = wire.seed.unwrap_or(seed >> 11);
@@ -286,8 +288,8 @@ impl Check {
         fine.then_some(duration)
     }
 
-    fn retry(&mut self, wire: Option<&pb::RetryPolicy>) -> RetryPolicy {
-        let mut retry = RetryPolicy::default();
+    fn retry(&mut self, wire: Option<&pb::RetryPolicy>, default: &RetryPolicy) -> RetryPolicy {
+        let mut retry = default.clone();
         let Some(wire) = wire else { return retry };
         self.that(wire.max_attempts <= 100, "spec.retry.max_attempts", || {
             format!("{} is more than 100", wire.max_attempts)

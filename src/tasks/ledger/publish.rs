@@ -25,6 +25,7 @@ impl Writer {
                 Effect::Accepted(task) => {
                     self.parts.timers.watch(&task);
                     self.parts.metrics.submits.inc();
+                    self.parts.queue.accepted(task.id);
                     self.open.keep(task);
                 }
                 Effect::Reserved(task) => self.open.keep(task),
@@ -40,14 +41,18 @@ impl Writer {
                 }
                 Effect::Requeued { was, now, cause } => {
                     self.attempt_ended(&was, &now, cause);
-                    self.parts.queue.push(queue_entry(&now));
+                    self.parts.queue.wait(queue_entry(&now));
                     self.open.keep(now);
                 }
                 Effect::Ended { was, now, cause } => {
                     if was.state == State::Running {
                         self.attempt_ended(&was, &now, cause);
                     } else {
-                        self.parts.queue.remove(now.id);
+                        self.parts.queue.gone(now.id);
+                    }
+                    if now.state == State::DeadLettered {
+                        let reason = now.error.as_ref().map_or("", |error| &*error.reason);
+                        self.parts.queue.dead(now.id, reason);
                     }
                     let state = now.state.as_str();
                     self.parts.metrics.ends.get_or_create(&StateLabel { state }).inc();

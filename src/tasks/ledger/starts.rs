@@ -63,6 +63,7 @@ impl Writer {
                 Err(error) => {
                     tracing::debug!(task.id = %matched.entry.id, %error, "not started");
                     queue.give_back(matched.runner);
+                    queue.gone(matched.entry.id);
                 }
             }
         }

@@ -24,8 +24,8 @@ use crate::{
     tasks::{
         convert::{self, View, explain, request as checked},
         history::{History, Options},
-        ledger::{Ledger, NewTask, Parts},
-        model::{State, Task},
+        ledger::{Ledger, NewTask, Parts, queue_entry},
+        model::{RetryPolicy, State, Task},
         reads,
         state::Event,
         watch,
@@ -48,6 +48,8 @@ pub struct Service {
     artifacts: Artifacts,
     history: History,
     supervisor: Supervisor,
+    /// Of tasks that name none.
+    pub(super) retry: RetryPolicy,
 }
 
 type Frames = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
@@ -61,7 +63,14 @@ impl Service {
             relay: parts.relay.clone(),
             clock: parts.clock.clone(),
         };
-        Self { parts, ledger, artifacts, history, supervisor }
+        let retry = RetryPolicy::default();
+        Self { parts, ledger, artifacts, history, supervisor, retry }
+    }
+
+    /// The same, with another retry policy for tasks that name none.
+    #[must_use]
+    pub fn retrying(self, retry: RetryPolicy) -> Self {
+        Self { retry, ..self }
     }
 
     async fn read(&self, caller: &Principal, id: TaskId) -> Result<Arc<Task>> {
@@ -366,7 +375,7 @@ impl TaskService for Service {
         let now = self.parts.clock.now();
         let inputs = artifacts::references(&task.spec.input)?;
         let new = NewTask {
-            id: (!inputs.is_empty()).then(|| TaskId::new(now, &self.parts.entropy)),
+            id: self.task_id(&inputs, now),
             namespace: caller.namespace.clone(),
             spec: task.spec.again(now),
             not_before: None,
@@ -388,7 +397,7 @@ impl TaskService for Service {
         let caller = principal(&request)?;
         let id = checked::task_id("task_id", &request.get_ref().task_id)?;
         let task = self.read(&caller, id).await?;
-        Ok(Response::new(explain::explain(&task, self.parts.queue.explain(id))))
+        Ok(Response::new(explain::explain(&task, self.parts.queue.explain(&queue_entry(&task)))))
     }
 
     async fn delete_task(

@@ -1,16 +1,18 @@
 //! Accepting tasks: checked, admitted to the queue, made durable, in this order.
 
+use futures_util::future::join_all;
 use prost::Message;
 use sha2::{Digest, Sha256};
 
 use super::Service;
 use crate::{
     artifacts,
+    clock::Micros,
     error::{Error, Kind, Reason, Result, reason_name},
     id::{ArtifactId, TaskId},
     keys::Principal,
     pb,
-    queue::Admission,
+    queue::{Admission, Asked},
     tasks::{
         convert::{self, View, request as checked},
         ledger::{self, NewTask, queue_entry},
@@ -39,10 +41,11 @@ impl Service {
     ) -> Result<Ready> {
         let digest = Sha256::digest(spec.as_ref().map(Message::encode_to_vec).unwrap_or_default());
         let now = self.parts.clock.now();
-        let submit = checked::submit(request_id, spec, now, self.parts.entropy.u64())?;
+        let seed = self.parts.entropy.u64();
+        let submit = checked::submit(request_id, spec, now, seed, &self.retry)?;
         let inputs = artifacts::references(&submit.spec.input)?;
         let new = NewTask {
-            id: (!inputs.is_empty()).then(|| TaskId::new(now, &self.parts.entropy)),
+            id: self.task_id(&inputs, now),
             namespace: caller.namespace.clone(),
             spec: submit.spec,
             not_before: submit.not_before,
@@ -54,6 +57,13 @@ impl Service {
         Ok(Ready { new, inputs, require_on_time: submit.require_on_time })
     }
 
+    /// The id of a task to be, where it has to be known before: its artifacts are held under it,
+    /// or room in a shared queue.
+    pub(super) fn task_id(&self, inputs: &[ArtifactId], now: Micros) -> Option<TaskId> {
+        let is_known = !inputs.is_empty() || self.parts.queue.is_shared();
+        is_known.then(|| TaskId::new(now, &self.parts.entropy))
+    }
+
     /// Submits checked tasks; each has its own outcome.
     pub(super) async fn submit_all(
         &self,
@@ -61,11 +71,11 @@ impl Service {
     ) -> Vec<Result<pb::SubmitTaskResponse>> {
         let mut outcomes: Vec<Option<Error>> = Vec::with_capacity(ready.len());
         let mut admitted = Vec::new();
-        for ready in ready {
-            let admission = match ready {
-                Ok(ready) => self.admit(&ready).await.map(|admission| (ready.new, admission)),
-                Err(error) => Err(error),
-            };
+        let admissions = ready.into_iter().map(|ready| async {
+            let ready = ready?;
+            self.admit(&ready).await.map(|admission| (ready.new, admission))
+        });
+        for admission in join_all(admissions).await {
             outcomes.push(match admission {
                 Ok(ready) => {
                     admitted.push(ready);
@@ -79,7 +89,7 @@ impl Service {
         let mut answers = answers.into_iter().zip(admissions).map(|(answer, admission)| {
             let submitted = answer?;
             if let Some(admission) = admission {
-                admission.done();
+                admission.done(submitted.task.id);
             }
             Ok(self.submitted(&submitted.task))
         });
@@ -129,7 +139,13 @@ impl Service {
             self.artifacts.refer(&new.namespace, id, inputs.clone()).await?;
         }
         let queue = &self.parts.queue;
-        let admission = queue.admit(&new.namespace, &new.spec.model, new.spec.priority)?;
+        let asked = Asked {
+            task: new.id.unwrap_or(TaskId::MAX),
+            namespace: new.namespace.clone(),
+            model: new.spec.model.clone(),
+            priority: new.spec.priority,
+        };
+        let admission = queue.admit(asked).await?;
         if let Some(victim) = admission.evict() {
             let evict = Event::Evict { policy_label: "drop_lru".to_owned() };
             match self.ledger.apply(victim, evict).await {

@@ -184,6 +184,20 @@ pub async fn queued_page(
     Ok(page.into_iter().map(|waiting| waiting.entry).collect())
 }
 
+const QUEUED_AMONG: Sql = Sql::each(
+    "SELECT id FROM tasks WHERE state = 'QUEUED' AND id IN (SELECT value FROM json_each($1))",
+    "SELECT id FROM tasks WHERE state = 'QUEUED' AND id = ANY ($1)",
+);
+
+/// Which of these tasks are QUEUED.
+pub async fn queued_among(tx: &mut Tx, ids: &[TaskId]) -> Result<Vec<TaskId>> {
+    if ids.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows: Vec<(TaskId,)> = tx.query(QUEUED_AMONG).bind(ids).all().await?;
+    Ok(rows.into_iter().map(|(id,)| id).collect())
+}
+
 const COUNT_QUEUED: Sql = Sql::new("SELECT COUNT(*) FROM tasks WHERE state = 'QUEUED'");
 
 /// How many tasks are QUEUED, in all namespaces.
@@ -289,6 +303,7 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Query(FIND),
     Statement::Query(LIST),
     Statement::Query(WAITING),
+    Statement::Query(QUEUED_AMONG),
     Statement::Query(COUNT_QUEUED),
     Statement::Query(RUNNING),
     Statement::Query(ENDED),

@@ -1,0 +1,158 @@
+//! What servers on one database share in Redis, where one is configured.
+
+#[cfg(feature = "redis")]
+use crate::backlog::{Backlog, Settings};
+use crate::{
+    clock::Clock,
+    config::{self, Config},
+    db::Db,
+    grpc::health::Health,
+    id::Entropy,
+    queue::{Limits, Queue},
+    supervisor::Supervisor,
+    telemetry::Metrics,
+};
+
+/// The service name under which health checks ask for it.
+#[cfg(feature = "redis")]
+const PART: &str = "redis";
+
+/// The connection.
+#[cfg(feature = "redis")]
+pub(super) struct Connection {
+    redis: crate::redis::Redis,
+    bells: crate::redis::Bells,
+}
+
+/// The connection, and the queue that goes through it.
+#[cfg(feature = "redis")]
+pub(super) struct Shared {
+    connection: Connection,
+    backlog: Backlog,
+}
+
+/// Nothing is shared by a program without it.
+#[cfg(not(feature = "redis"))]
+pub(super) enum Connection {}
+
+/// Nothing is shared by a program without it.
+#[cfg(not(feature = "redis"))]
+pub(super) enum Shared {}
+
+/// Connects to what `redis.url` names, if it names something. What cannot be used is an error: a
+/// server that is to share its queue never has one of its own instead.
+pub(super) async fn connect(
+    config: &Config,
+    clock: &Clock,
+    entropy: &Entropy,
+    supervisor: &Supervisor,
+) -> anyhow::Result<Option<Connection>> {
+    if config.redis.url.expose().is_empty() {
+        return Ok(None);
+    }
+    open(&config.redis, clock, entropy, supervisor).await.map(Some)
+}
+
+#[cfg(feature = "redis")]
+async fn open(
+    config: &config::Redis,
+    clock: &Clock,
+    entropy: &Entropy,
+    supervisor: &Supervisor,
+) -> anyhow::Result<Connection> {
+    use anyhow::Context as _;
+    let settings = crate::redis::Settings {
+        url: config.url.expose().to_owned(),
+        prefix: config.prefix.clone(),
+        connect_timeout: config.connect_timeout,
+        command_timeout: config.command_timeout,
+        trust: crate::tls::Trust {
+            ca: Some(&config.ca).filter(|path| !path.is_empty()).map(Into::into),
+            ..Default::default()
+        },
+    };
+    let opened = async {
+        let redis =
+            crate::redis::Redis::connect(settings, clock.clone(), entropy.clone(), supervisor);
+        let redis = redis.await?;
+        let bells = redis.bells().await?;
+        Ok::<_, crate::redis::Error>(Connection { redis, bells })
+    };
+    opened.await.context("redis.url")
+}
+
+#[cfg(not(feature = "redis"))]
+async fn open(
+    _: &config::Redis,
+    _: &Clock,
+    _: &Entropy,
+    _: &Supervisor,
+) -> anyhow::Result<Connection> {
+    anyhow::bail!("redis.url: needs a program that was built with the feature `redis`")
+}
+
+#[cfg(feature = "redis")]
+impl Connection {
+    /// The queue of this server, which it shares with others.
+    pub(super) fn queue(
+        self,
+        config: &config::Queue,
+        limits: Limits,
+        db: &Db,
+        clock: &Clock,
+        entropy: &Entropy,
+    ) -> (Queue, Shared) {
+        let settings = Settings {
+            limits,
+            ack_timeout: config.ack_timeout,
+            dead_letter_ttl: config.dead_letter_ttl,
+        };
+        let name = format!("{:016x}", entropy.u64());
+        let (queue, backlog) =
+            Backlog::open(&self.redis, db.clone(), clock.clone(), &name, settings);
+        tracing::info!(address = self.redis.address(), "queues are shared in Redis");
+        (queue, Shared { connection: self, backlog })
+    }
+}
+
+#[cfg(not(feature = "redis"))]
+impl Connection {
+    /// Never, in a program without it.
+    pub(super) fn queue(
+        self,
+        _: &config::Queue,
+        _: Limits,
+        _: &Db,
+        _: &Clock,
+        _: &Entropy,
+    ) -> (Queue, Shared) {
+        match self {}
+    }
+}
+
+#[cfg(feature = "redis")]
+impl Shared {
+    /// Starts what goes through Redis, and says how it is.
+    pub(super) fn start(&self, health: Health, metrics: Metrics, supervisor: &Supervisor) {
+        self.backlog.start(&self.connection.bells, supervisor);
+        let mut changes = self.connection.redis.health();
+        supervisor.spawn_loop("redis", async move {
+            loop {
+                let up = changes.borrow_and_update().is_up();
+                metrics.redis_healthy.set(up.into());
+                // Anybody may ask: no names of hosts.
+                let amiss = "the shared queue does not answer, tasks start from the database";
+                health.set_part(PART, (!up).then(|| amiss.to_owned())).await;
+                changes.wait_for(|health| health.is_up() != up).await?;
+            }
+        });
+    }
+}
+
+#[cfg(not(feature = "redis"))]
+impl Shared {
+    /// Never, in a program without it.
+    pub(super) fn start(&self, _: Health, _: Metrics, _: &Supervisor) {
+        match *self {}
+    }
+}

@@ -1,0 +1,120 @@
+//! Claims about a Redis that loses what it held, or is away, and about servers that die.
+
+use std::time::Duration;
+
+use super::{
+    assert_drained,
+    site::{Member, Site, eventually, task, work_off},
+};
+use crate::tasks::{model::State, state::Event};
+
+/// What the sweeps promise.
+const FOUND: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn what_redis_lost_is_found_again_within_ten_seconds() {
+    let site = Site::new();
+    let mut members: [Member; 2] = site.members().await;
+    let mut ids = members[0].submit_many(40).await;
+    ids.extend(members[1].submit_many(40).await);
+    let work = members[0].backlog.0.work.clone();
+    eventually("all are there", || async { work.depths().await.unwrap()["default/a/m"] == 80 })
+        .await;
+    site.redis.command("FLUSHALL");
+    let lost = site.clock.mono();
+    members[1].connect(8);
+    work_off(&mut members, &ids).await;
+    let took = site.clock.mono().since(lost);
+    assert!(took < FOUND, "{took:?}");
+    assert_drained(&members[0]).await;
+}
+
+#[tokio::test]
+async fn without_redis_tasks_are_accepted_and_started_and_its_return_loses_none() {
+    let mut site = Site::new();
+    let mut members: [Member; 2] = site.members().await;
+    let mut ids = members[0].submit_many(20).await;
+    site.redis.kill();
+    eventually("it is missed", || async { !members[0].backlog.is_up() }).await;
+    ids.extend(members[0].submit_many(20).await);
+    members[1].connect(4);
+    let away = site.clock.mono();
+    work_off(&mut members, &ids).await;
+    let took = site.clock.mono().since(away);
+    assert!(took < FOUND, "{took:?}");
+
+    let ids = members[0].submit_many(20).await;
+    site.redis.restart();
+    work_off(&mut members, &ids).await;
+    let ids = members[0].submit_many(20).await;
+    work_off(&mut members, &ids).await;
+    assert_drained(&members[0]).await;
+}
+
+#[tokio::test]
+async fn what_a_server_had_fetched_when_it_died_others_take_over() {
+    let site = Site::new();
+    let mut dying = site.still().await;
+    let mut heir = site.member().await;
+    let ids = heir.submit_many(3).await;
+    eventually("they are there", || async {
+        heir.backlog.0.work.depths().await.unwrap().get("default/a/m") == Some(&3)
+    })
+    .await;
+    dying.connect(2);
+    dying.backlog.look().await.unwrap();
+    assert_eq!(dying.backlog.fetch().await.unwrap(), 2);
+    drop(dying);
+    heir.connect(1);
+    let mut members = [heir];
+    work_off(&mut members, &ids).await;
+    assert_drained(&members[0]).await;
+}
+
+#[tokio::test]
+async fn a_server_that_leaves_gives_back_what_it_fetched() {
+    let site = Site::new();
+    let mut leaving = site.member().await;
+    let mut heir = site.still().await;
+    let ids = heir.submit_many(2).await;
+    let told = async {
+        let mut inlet = heir.backlog.0.inlet.lock().await;
+        let mut told = Vec::new();
+        while let Ok(one) = inlet.told.try_recv() {
+            told.push(one);
+        }
+        told
+    };
+    let told = told.await;
+    heir.backlog.tell(told).await;
+    // A runner that is known but whose tasks nobody dispatches here.
+    leaving.backlog.look().await.unwrap();
+    leaving.connect(2);
+    eventually("they run", || async { leaving.get(ids[0]).await.state == State::Running }).await;
+    let waiting = heir.submit(task()).await;
+    leaving.world.supervisor.shutdown(Duration::from_secs(5), &site.clock).await;
+    heir.connect(1);
+    heir.backlog.compare().await.unwrap();
+    heir.backlog.look().await.unwrap();
+    assert_eq!(heir.backlog.fetch().await.unwrap(), 1);
+    assert!(heir.world.parts.queue.contains(waiting));
+}
+
+#[tokio::test]
+async fn what_does_not_wait_any_more_does_not_count_for_long() {
+    let site = Site::new();
+    let one = site.member().await;
+    let ids = one.submit_many(3).await;
+    let work = one.backlog.0.work.clone();
+    eventually("they are there", || async {
+        work.depths().await.unwrap().get("default/a/m") == Some(&3)
+    })
+    .await;
+    // Ended behind the queue's back.
+    let stranger = site.stranger().await;
+    for id in ids {
+        let cancel = Event::Cancel { reason: String::new(), by: "me".into() };
+        stranger.ledger.apply(id, cancel).await.unwrap();
+    }
+    eventually("they are gone", || async { work.depths().await.unwrap().is_empty() }).await;
+}
