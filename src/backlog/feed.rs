@@ -125,7 +125,9 @@ impl Backlog {
         self.0.queue.set_far_lanes(specs);
         let depths = depths.into_iter();
         let depths = depths.filter_map(|(account, n)| Some((convert::account_parts(&account)?, n)));
-        self.0.queue.set_far_depths(&depths.collect());
+        let depths = depths.collect();
+        self.0.queue.set_far_depths(&depths);
+        self.0.shares.lock().renew(&depths, self.0.clock.mono());
         let stats = work.stats(&names).await.map_err(untold)?;
         self.note(&names, &stats);
         Ok(())

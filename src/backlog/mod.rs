@@ -16,7 +16,7 @@
 //!   `FLUSHALL` included, the [`reconciler`] adds anew; whatever is there twice or in vain is
 //!   refused by the ledger when it is to start, and then taken out.
 //! - A task that finds a free runner when it is accepted starts in the same commit and never lies
-//!   here.
+//!   here. Where the limits are far it is accepted without a word to Redis.
 //! - A server fetches no more than its free credits, and gives back what it could not start within
 //!   [`HOLD`]. What a server that died had fetched, others take over after `queue.ack_timeout`.
 //! - While Redis does not answer, tasks are accepted as ever, and each server starts what it finds
@@ -49,6 +49,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use self::admission::Shares;
 use crate::{
     clock::{Clock, Mono},
     db::Db,
@@ -95,6 +96,8 @@ struct Inner {
     owed: Mutex<Vec<Delivery>>,
     /// The lanes there are, by name.
     lanes: Mutex<HashMap<Arc<str>, (Lane, LaneSpec)>>,
+    /// What may be accepted without asking Redis for room.
+    shares: Arc<Mutex<Shares>>,
     /// Whether Redis may lack something that it was to be told.
     behind: AtomicBool,
     /// Rung when it does.
@@ -116,7 +119,8 @@ impl Backlog {
         settings: Settings,
     ) -> (Queue, Self) {
         let work = redis.work();
-        let admit = admission::by(redis, settings.limits.clone());
+        let shares = Arc::new(Mutex::new(Shares::default()));
+        let admit = admission::by(redis, settings.limits.clone(), clock.clone(), shares.clone());
         let (queue, inlet) = Queue::shared(settings.limits.clone(), clock.clone(), admit);
         let backlog = Self(Arc::new(Inner {
             redis: redis.clone(),
@@ -131,6 +135,7 @@ impl Backlog {
             held: Mutex::default(),
             owed: Mutex::default(),
             lanes: Mutex::default(),
+            shares,
             behind: AtomicBool::new(false),
             compare: Notify::new(),
         }));

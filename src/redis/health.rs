@@ -91,11 +91,11 @@ impl Redis {
     pub(super) fn watch_health(&self) {
         let redis = self.clone();
         let mut reconnects = redis.0.client.reconnect_rx();
-        let end = redis.0.supervisor.last_call();
-        self.0.supervisor.spawn_flushing_loop("redis health", async move {
+        // Not ended by the last call, after which others still write: the connection closes when
+        // nobody has it any more.
+        self.0.supervisor.spawn_loop("redis health", async move {
             loop {
                 tokio::select! {
-                    () = end.cancelled() => break,
                     () = redis.0.clock.sleep(LOOK_EVERY) => {}
                     event = reconnects.recv() => {
                         if matches!(event, Err(RecvError::Closed)) {
@@ -106,8 +106,6 @@ impl Redis {
                 // The outcome is told by `health`.
                 redis.look().await.ok();
             }
-            redis.0.client.quit().await.ok();
-            Ok(())
         });
     }
 

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::{
     assert_drained,
-    site::{Member, Site, eventually, task, work_off},
+    site::{Member, Site, eventually, work_off},
 };
-use crate::tasks::{model::State, state::Event};
+use crate::tasks::state::Event;
 
 /// What the sweeps promise.
 const FOUND: Duration = Duration::from_secs(10);
@@ -73,31 +73,26 @@ async fn what_a_server_had_fetched_when_it_died_others_take_over() {
 
 #[tokio::test]
 async fn a_server_that_leaves_gives_back_what_it_fetched() {
-    let site = Site::new();
-    let mut leaving = site.member().await;
-    let mut heir = site.still().await;
-    let ids = heir.submit_many(2).await;
-    let told = async {
-        let mut inlet = heir.backlog.0.inlet.lock().await;
-        let mut told = Vec::new();
-        while let Ok(one) = inlet.told.try_recv() {
-            told.push(one);
-        }
-        told
-    };
-    let told = told.await;
-    heir.backlog.tell(told).await;
-    // A runner that is known but whose tasks nobody dispatches here.
-    leaving.backlog.look().await.unwrap();
+    let mut site = Site::new();
+    site.settings.ack_timeout = Duration::from_hours(1);
+    let mut leaving = site.still().await;
+    let heir = site.member().await;
+    let ids = heir.submit_many(3).await;
+    eventually("they are there", || async {
+        heir.backlog.0.work.depths().await.unwrap().get("default/a/m") == Some(&3)
+    })
+    .await;
     leaving.connect(2);
-    eventually("they run", || async { leaving.get(ids[0]).await.state == State::Running }).await;
-    let waiting = heir.submit(task()).await;
-    leaving.world.supervisor.shutdown(Duration::from_secs(5), &site.clock).await;
-    heir.connect(1);
-    heir.backlog.compare().await.unwrap();
-    heir.backlog.look().await.unwrap();
-    assert_eq!(heir.backlog.fetch().await.unwrap(), 1);
-    assert!(heir.world.parts.queue.contains(waiting));
+    leaving.backlog.look().await.unwrap();
+    assert_eq!(leaving.backlog.fetch().await.unwrap(), 2);
+    let supervisor = leaving.world.supervisor.clone();
+    supervisor
+        .spawn_flushing_loop("backlog", leaving.backlog.clone().write(supervisor.last_call()));
+    supervisor.shutdown(Duration::from_secs(5), &site.clock).await;
+    let mut members = [heir];
+    members[0].connect(1);
+    work_off(&mut members, &ids).await;
+    assert_drained(&members[0]).await;
 }
 
 #[tokio::test]
