@@ -28,7 +28,7 @@ pub(super) fn whole_lives(plan: &Plan) -> anyhow::Result<Vec<Row>> {
         };
         floor.push(play::<floor::Outcome>(&Role::Floor(spec)).context("floor")?);
         let (server, pace) = (server.clone(), tasks::Pace::Closed(SUBMITTERS));
-        let spec = tasks::Spec { server, pace, seconds, payload, slots: 512 };
+        let spec = tasks::Spec { server, runner_at: None, pace, seconds, payload, slots: 512 };
         ours.push(play::<tasks::Outcome>(&Role::Tasks(spec)).context("baton")?);
     }
     let postgres = plan.database_url.is_some();

@@ -7,6 +7,7 @@
 //! median of the repetitions. `docs/benchmarks.md` has the method and a table.
 
 mod client;
+mod cluster;
 mod database;
 mod decisions;
 mod figures;
@@ -55,6 +56,10 @@ pub struct Args {
     /// prefer `BATON_DATABASE_URL`, which other users of the machine do not see.
     #[arg(long, env = "BATON_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Option<String>,
+    /// Have those servers share their queues in this Redis, under prefixes of their own; prefer
+    /// `BATON_REDIS_URL`. With both, the case `cluster` runs two servers.
+    #[arg(long, env = "BATON_REDIS_URL", hide_env_values = true, value_name = "URL")]
+    redis_url: Option<String>,
     /// Print the table as JSON.
     #[arg(long)]
     json: bool,
@@ -116,6 +121,7 @@ pub fn run_as(args: Args, json: bool) -> anyhow::Result<()> {
         io_threads: args.io_threads,
         dir: args.dir,
         database_url: args.database_url.filter(|url| !url.is_empty()),
+        redis_url: args.redis_url.filter(|url| !url.is_empty()),
     };
     let rows = suite::run(&plan, |name, rows| {
         let failed = rows.iter().any(|row| row.verdict == report::Verdict::Failed);

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use serde::de::DeserializeOwned;
 
 use super::{
-    Role,
+    Role, cluster,
     database::Database,
     decisions,
     figures::Latency,
@@ -33,13 +33,15 @@ pub struct Plan {
     pub dir: Option<PathBuf>,
     /// A server of Postgres on which each server under test gets a database of its own.
     pub database_url: Option<String>,
+    /// A Redis in which the servers under test that are on Postgres share their queues.
+    pub redis_url: Option<String>,
 }
 
 /// Measures and judges.
 type Case = fn(&Plan) -> anyhow::Result<Vec<Row>>;
 
 /// The cases and the names that they go by, in order.
-const CASES: [(&str, Case); 14] = [
+const CASES: [(&str, Case); 15] = [
     ("G1,G3", paced),
     ("G2", stepped),
     ("G4", fastest),
@@ -49,6 +51,7 @@ const CASES: [(&str, Case); 14] = [
     ("G10", shim::json_calls),
     ("G11,G12,G13", lives::whole_lives),
     ("G14", paced_tasks),
+    ("cluster", cluster::case),
     ("G15", control_calls),
     ("G16", decide),
     ("cancel,reconnect", interruptions),
@@ -90,10 +93,18 @@ impl Plan {
     pub(super) fn dir(&self) -> anyhow::Result<Scratch> {
         let parent = self.dir.clone().unwrap_or_else(std::env::temp_dir);
         let name = format!("baton-bench-{}-{}", std::process::id(), now_ns());
-        let path = parent.join(name);
+        let path = parent.join(&name);
         std::fs::create_dir_all(&path)?;
         let database = self.database_url.as_deref().map(Database::create).transpose()?;
-        Ok(Scratch { path, database })
+        let mut settings = Vec::new();
+        if let Some(database) = &database {
+            settings.push(("BATON_DATABASE_URL", database.url.clone()));
+            if let Some(redis) = &self.redis_url {
+                settings.push(("BATON_REDIS_URL", redis.clone()));
+                settings.push(("BATON_REDIS_PREFIX", format!("{name}:")));
+            }
+        }
+        Ok(Scratch { path, database, settings })
     }
 }
 
@@ -101,6 +112,8 @@ impl Plan {
 pub(super) struct Scratch {
     pub(super) path: PathBuf,
     pub(super) database: Option<Database>,
+    /// What servers share: variables and their values.
+    pub(super) settings: Vec<(&'static str, String)>,
 }
 
 impl Scratch {
@@ -110,7 +123,7 @@ impl Scratch {
     }
 
     /// Where it logs.
-    fn log(&self) -> PathBuf {
+    pub(super) fn log(&self) -> PathBuf {
         self.path.join("server.log")
     }
 }
@@ -161,7 +174,7 @@ pub(super) fn baton(plan: &Plan) -> anyhow::Result<((Process, Scratch), Server)>
 }
 
 /// Starts a server of Baton in a directory.
-fn start(plan: &Plan, dir: &Scratch, addr: SocketAddr) -> anyhow::Result<Process> {
+pub(super) fn start(plan: &Plan, dir: &Scratch, addr: SocketAddr) -> anyhow::Result<Process> {
     let binary = std::env::current_exe().context("this binary's path is unknown")?;
     let mut command = Command::new(binary);
     command
@@ -169,9 +182,7 @@ fn start(plan: &Plan, dir: &Scratch, addr: SocketAddr) -> anyhow::Result<Process
         .env("BATON_SERVER_ADDR", addr.to_string())
         .env("BATON_STORAGE_DATA_DIR", dir.data())
         .env("BATON_SERVER_IO_THREADS", plan.io_threads.to_string());
-    if let Some(database) = &dir.database {
-        command.env("BATON_DATABASE_URL", &database.url);
-    }
+    command.envs(dir.settings.iter().map(|(name, value)| (*name, value.as_str())));
     command.stderr(std::fs::File::create(dir.log())?);
     Process::start(&mut command)
 }
@@ -341,7 +352,8 @@ fn paced_tasks(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let mut ours = Vec::new();
     for _ in 0..plan.repeat {
         let (server, pace) = (server.clone(), tasks::Pace::PerSecond(200.0));
-        let spec = tasks::Spec { server, pace, seconds: plan.seconds(), payload: 200, slots: 64 };
+        let (seconds, runner_at) = (plan.seconds(), None);
+        let spec = tasks::Spec { server, runner_at, pace, seconds, payload: 200, slots: 64 };
         ours.push(play::<tasks::Outcome>(&Role::Tasks(spec))?);
     }
     let row = |what, of: fn(&tasks::Outcome) -> f64, good, world| {

@@ -26,8 +26,10 @@ use crate::pb::{CancelTaskRequest, Task};
 /// What to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Spec {
-    /// The server.
+    /// The server that tasks are submitted to.
     pub server: Server,
+    /// The server that the runner connects to, where it is another one.
+    pub runner_at: Option<Server>,
     /// How tasks come.
     pub pace: Pace,
     /// Length of the span in which tasks are submitted.
@@ -82,7 +84,8 @@ async fn runner(
 /// Runs whole lives.
 pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
     let model = format!("bench/tasks-{}", std::process::id());
-    let (_link, _, runner, mut orders) = runner(&spec.server, &model, spec.slots).await?;
+    let at = spec.runner_at.as_ref().unwrap_or(&spec.server);
+    let (_link, _, runner, mut orders) = runner(at, &model, spec.slots).await?;
     let start = Rc::new(RefCell::new(histogram()));
     let ack = Rc::new(RefCell::new(histogram()));
     let finished = Rc::new(Cell::new(0_u64));
