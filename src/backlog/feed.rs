@@ -18,6 +18,9 @@ use crate::{
 /// Most fetched at once.
 const ROUND: u32 = 256;
 
+/// Rounds in a row before bells and lanes are looked at again.
+const ROUNDS: usize = 8;
+
 /// Longest pause without a look at what there is: bells are lost now and then.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -103,7 +106,16 @@ impl Backlog {
             self.look().await?;
             *looked = Some(now);
         }
-        while self.fetch().await? > 0 {}
+        // What cannot be started is not to be taken from those who could.
+        if !*self.0.db.healthy().borrow() {
+            return Ok(());
+        }
+        for _ in 0..ROUNDS {
+            if self.fetch().await? == 0 {
+                return Ok(());
+            }
+        }
+        self.0.hungry.notify_one();
         Ok(())
     }
 

@@ -19,12 +19,15 @@ const MANY: u64 = 20_000;
 /// Walks left out in a row at most.
 const LEFT_OUT: u32 = 12;
 
+/// Walks until Redis is searched for what does not wait any more.
+const SEARCH_EVERY: u32 = 6;
+
 impl Backlog {
     /// Compares now and then, and at once when Redis may have lost something.
     pub(super) async fn reconcile(self) -> anyhow::Result<()> {
         let clock = self.0.clock.clone();
         let mut losses = self.0.redis.losses();
-        let (mut left_out, mut suspects) = (0, BTreeSet::new());
+        let (mut left_out, mut walks, mut suspects) = (0, 0_u32, BTreeSet::new());
         loop {
             tokio::select! {
                 changed = losses.changed() => {
@@ -54,7 +57,10 @@ impl Backlog {
                     continue;
                 }
             }
-            if let Err(error) = self.drop_ghosts(&mut suspects).await {
+            walks = walks.wrapping_add(1);
+            if walks.is_multiple_of(SEARCH_EVERY)
+                && let Err(error) = self.drop_ghosts(&mut suspects).await
+            {
                 tracing::debug!(%error, "Redis was not searched for tasks that do not wait");
             }
         }
@@ -96,9 +102,9 @@ impl Backlog {
         }
     }
 
-    /// Takes out what two walks in a row found in Redis and not waiting by the rows: it counts to
+    /// Takes out what two searches in a row found in Redis and not waiting by the rows: it counts to
     /// the limits. What is promised room only lapses by itself.
-    async fn drop_ghosts(&self, suspects: &mut BTreeSet<TaskId>) -> Result<()> {
+    pub(super) async fn drop_ghosts(&self, suspects: &mut BTreeSet<TaskId>) -> Result<()> {
         let work = &self.0.work;
         let (mut cursor, mut found) = ("0".to_owned(), BTreeSet::new());
         loop {

@@ -16,7 +16,7 @@ use crate::{
     tasks::{
         history::{TaskStream, tag},
         ledger::{Parts, queue_entry},
-        model::Task,
+        model::{State, Task},
     },
 };
 
@@ -33,6 +33,8 @@ pub struct Metered {
     tokens_in: u64,
     tokens_out: u64,
     attempt: u32,
+    /// Whether the task waits, by what the stream has shown.
+    waits: bool,
 }
 
 impl Metered {
@@ -40,13 +42,16 @@ impl Metered {
     pub fn new(stream: TaskStream, task: Arc<Task>, tagged: bool, parts: Parts) -> Self {
         let tick = Box::pin(parts.clock.sleep(Duration::ZERO));
         let (tokens_in, attempt) = (task.usage.map_or(0, |usage| usage.tokens_in), task.attempt);
-        Self { stream, task, tagged, parts, tick, tokens_in, tokens_out: 0, attempt }
+        let waits = task.state == State::Queued;
+        Self { stream, task, tagged, parts, tick, tokens_in, tokens_out: 0, attempt, waits }
     }
 
     fn count(&mut self, frame: &Frame) {
         let Ok(event) = frame.event() else { return };
         match event.body {
-            Some(Body::AttemptStarted(_)) => self.tokens_out = 0,
+            Some(Body::Queued(_)) => self.waits = true,
+            Some(Body::AttemptStarted(_)) => (self.tokens_out, self.waits) = (0, false),
+            Some(Body::Ended(_)) => self.waits = false,
             Some(Body::Token(_)) => self.tokens_out += 1,
             _ => {}
         }
@@ -56,7 +61,8 @@ impl Metered {
     fn figures(&self) -> Frame {
         let queue = &self.parts.queue;
         let stats = queue.stats(&self.task.namespace, &self.task.spec.model);
-        let waiting = queue.contains(self.task.id);
+        // A shared queue holds few of the tasks that wait.
+        let waiting = if queue.is_shared() { self.waits } else { queue.contains(self.task.id) };
         let estimate = waiting.then(|| queue.estimate(&queue_entry(&self.task)));
         let predicted = estimate.as_ref().and_then(|estimate| estimate.predicted_start);
         let body = Body::Metrics(pb::MetricsEvent {
