@@ -3,13 +3,14 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use futures_util::future::BoxFuture;
 use tokio_stream::Stream;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming, transport::Channel};
 
 use super::{
     connection::{self, Connector, Credential},
@@ -41,6 +42,9 @@ pub enum Heard {
 pub struct Opening {
     /// Makes the connection, which is not that of control.
     pub connector: Connector,
+    /// The connection of control, for where another one leads to another server: behind a
+    /// balancer, which knows nothing of sessions.
+    pub beside: Option<Channel>,
     /// Credential of the runner.
     pub credential: Credential,
     /// The session to join.
@@ -88,6 +92,17 @@ impl Link {
             match &mut self.state {
                 State::Opening(opening) => match opening.await {
                     Ok(stream) => self.state = State::Open(Box::new(stream)),
+                    Err(status) if status.code() == Code::NotFound => {
+                        let Some(channel) = self.opening.beside.take() else {
+                            return self.broken(status);
+                        };
+                        self.opening.connector = Arc::new(move || {
+                            let channel = channel.clone();
+                            Box::pin(async move { Ok(channel) })
+                        });
+                        let carrier = self.opening.outbox.new_carrier();
+                        self.state = State::Opening(open(self.opening.clone(), carrier));
+                    }
                     Err(status) => return self.broken(status),
                 },
                 State::Open(stream) => match stream.message().await {

@@ -43,7 +43,7 @@ impl Agent {
             Err(end) => return end,
         };
         let since = self.clock.mono();
-        let opening = self.open_control(channel);
+        let opening = self.open_control(channel.clone());
         let (welcome, mut control) = match self.meanwhile(opening).await {
             Ok(Ok(opened)) => opened,
             Ok(Err(status)) => return broken(true, &status),
@@ -55,6 +55,7 @@ impl Agent {
         };
         let opening = Opening {
             connector: self.connector.clone(),
+            beside: Some(channel),
             credential: self.credential.clone(),
             session_id: self.session.id.clone(),
             outbox: self.outbox.clone(),
