@@ -43,6 +43,7 @@ fn queued() -> Task {
         end_time: None,
         not_before: None,
         runner: None,
+        instance: None,
         base_sequence: 0,
         last_sequence: 1,
         reserved_sequence: 1,
@@ -68,6 +69,7 @@ fn decisions(criterion: &mut Criterion) {
         node: "node".into(),
         engine: "scripted".into(),
         engine_version: "1".into(),
+        instance: None,
     };
     let waiting = queued();
     group.bench_function("start", |b| {

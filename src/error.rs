@@ -202,6 +202,11 @@ impl std::error::Error for Error {
     }
 }
 
+/// The reason of that name; an internal error for one of a later version.
+pub fn reason_of(name: &str) -> Reason {
+    Reason::from_str_name(&format!("ERROR_REASON_{name}")).unwrap_or(Reason::Internal)
+}
+
 /// Name of a reason as it travels, without the enum's prefix.
 pub fn reason_name(reason: Reason) -> &'static str {
     reason.as_str_name().trim_start_matches("ERROR_REASON_")

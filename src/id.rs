@@ -71,6 +71,11 @@ id! {
     UploadId
 }
 
+id! {
+    /// The id of a server among others, made anew at each start of its process.
+    InstanceId
+}
+
 /// Makes a cheaply cloned name type.
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident) => {

@@ -51,7 +51,15 @@
 //!
 //! # Several servers
 //!
-//! Servers may share a Postgres, and a Redis. A task that finds no free runner where it is accepted
+//! Where the database is shared, each server is an instance ([`instances`]). The row of a running
+//! task says which instance holds its runner, and no other has a say about that attempt. A runner
+//! that comes back to another instance takes its attempts along, by one conditional update each
+//! ([`runners`]); what a dead instance held and nobody came back with is lost by [`dispatch`].
+//! Readers wait at the log of their task wherever it runs: [`crossing`] fills it from storage, and
+//! from the instance that makes it. What instances tell each other may be lost; a sweep stands
+//! behind each hint.
+//!
+//! They may share a Redis too. A task that finds no free runner where it is accepted
 //! then waits in a backlog in Redis, and each server fetches from it what its own runners can start
 //! at once: `backlog`. The rows stay the truth, and a start is a conditional update of one.
 //!
@@ -100,6 +108,7 @@ pub mod twin;
 
 pub mod agent;
 pub mod bench;
+pub mod instances;
 pub mod keys;
 
 pub mod artifacts;
@@ -112,6 +121,7 @@ pub mod runners;
 
 #[cfg(feature = "redis")]
 pub mod backlog;
+pub mod crossing;
 pub mod dispatch;
 pub mod queues;
 

@@ -38,15 +38,41 @@ const EDGES: &[(&str, &[&str])] = &[
     ("relay", &["supervisor"]),
     ("blob", &["supervisor"]),
     // Slices, each importing only those above it.
+    ("instances", KERNELS),
     ("keys", KERNELS),
-    ("artifacts", KERNELS_AND_KEYS),
+    (
+        "artifacts",
+        &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys", "instances"],
+    ),
     (
         "tasks",
-        &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys", "artifacts"],
+        &[
+            "db",
+            "events",
+            "queue",
+            "relay",
+            "blob",
+            "supervisor",
+            "telemetry",
+            "keys",
+            "instances",
+            "artifacts",
+        ],
     ),
     (
         "runners",
-        &["db", "events", "queue", "relay", "blob", "supervisor", "telemetry", "keys", "tasks"],
+        &[
+            "db",
+            "events",
+            "queue",
+            "relay",
+            "blob",
+            "supervisor",
+            "telemetry",
+            "keys",
+            "instances",
+            "tasks",
+        ],
     ),
     (
         "dispatch",
@@ -59,12 +85,17 @@ const EDGES: &[(&str, &[&str])] = &[
             "supervisor",
             "telemetry",
             "keys",
+            "instances",
             "tasks",
             "runners",
         ],
     ),
     // What waits where several servers find it.
     ("backlog", &["db", "queue", "redis", "supervisor", "telemetry", "tasks"]),
+    (
+        "crossing",
+        &["db", "events", "queue", "redis", "relay", "supervisor", "instances", "tasks", "runners"],
+    ),
     ("queues", KERNELS_AND_KEYS),
     // Edges.
     ("grpc", &["config", "supervisor", "telemetry", "tls", "keys"]),

@@ -12,6 +12,7 @@ use baton::{
     db::Db,
     events::Tail,
     id::{Entropy, Namespace, TaskId},
+    instances::Standing,
     keys::{Principal, Signer},
     pb::{Frame, server::runner_service_server::RunnerServiceServer, task_event::Body},
     queue::{self, Queue, SupplyKey},
@@ -64,6 +65,8 @@ impl Server {
             timers: Timers::default(),
             tail: Tail::default(),
             metrics: Metrics::new(),
+            standing: Standing::alone(clock.clone()),
+            hints: Default::default(),
         };
         let (ledger, writer) = ledger::new(parts.clone());
         let supervisor = Supervisor::new();
@@ -239,6 +242,9 @@ fn ports(ledger: &Ledger, db: &Db, metrics: &Metrics) -> Ports {
         }),
         token: Arc::new(|task| format!("token-{}", task.id)),
         receipts: Signer::new(&[7; 32], Clock::manual()).receipts(),
+        resume: None,
+        roster: None,
+        standing: Standing::alone(Clock::manual()),
         metrics: metrics.clone(),
     }
 }

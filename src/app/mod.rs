@@ -1,6 +1,7 @@
 //! The composition root: the only file that picks concrete parts, starts the loops, serves
 //! and drains.
 
+mod among;
 mod place;
 mod shared;
 #[cfg(test)]
@@ -11,6 +12,7 @@ use std::{fs::File, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use tokio_util::sync::CancellationToken;
 
+use among::Among;
 pub use place::{artifact_store, database, lock_data_dir, make_data_dir, retention};
 
 use crate::{
@@ -32,6 +34,7 @@ use crate::{
         serve::{self, Listener},
     },
     id::Entropy,
+    instances::Lock,
     keys::{self, Keyring},
     pb::server::{
         artifact_service_server::ArtifactServiceServer, key_service_server::KeyServiceServer,
@@ -41,7 +44,7 @@ use crate::{
     queue::{self, Queue},
     queues,
     relay::{self, Relay},
-    runners::{self, Registry, RunnerLimits},
+    runners::{self, Registry, RunnerLimits, roster::Roster},
     supervisor::Supervisor,
     tasks::{self, archive::Archiver, ledger, recorder::Recorder},
     telemetry::{Metrics, StateLabel},
@@ -108,6 +111,12 @@ impl App {
         let metrics = Metrics::new();
         metrics.start_time_seconds.set(clock.now().0 as f64 / 1e6);
 
+        let limits = runner_limits(&config.runners);
+        let times = (&clock, &entropy);
+        let wired = connection.is_some();
+        let among = Among::join(&db, &limits, addr, times, &supervisor, wired).await?;
+        let standing = among.standing.clone();
+
         let open = !config.auth.required;
         let keyring = Keyring::open(db.clone(), clock.clone(), entropy.clone(), open).await?;
         let first_key =
@@ -118,14 +127,14 @@ impl App {
             total_bytes: usize::try_from(config.relay.total)?,
             ..relay::Limits::default()
         });
-        let limits = queue_limits(&config.queue);
+        let bounds = queue_limits(&config.queue);
         let (queue, shared) = match connection {
             Some(connection) => {
                 let (queue, shared) =
-                    connection.queue(&config.queue, limits, &db, &clock, &entropy);
+                    connection.queue(&config.queue, bounds, &db, &clock, &entropy);
                 (queue, Some(shared))
             }
-            None => (Queue::new(limits, clock.clone()), None),
+            None => (Queue::new(bounds, clock.clone()), None),
         };
         let blobs = Blobs::open(data_dir.join("transcripts")).await?;
         let artifacts = Artifacts::new(artifacts::Parts {
@@ -147,16 +156,18 @@ impl App {
             timers: tasks::timers::Timers::default(),
             tail: Tail::default(),
             metrics: metrics.clone(),
+            standing: standing.clone(),
+            hints: among.hints.clone(),
         };
         let (ledger, writer) = ledger::new(parts.clone());
         let registry = Registry::new(
-            runner_limits(&config.runners),
+            limits,
             clock.clone(),
             entropy.clone(),
             queue.clone(),
             relay.clone(),
             supervisor.clone(),
-            ports(&ledger, &db, &keyring, &metrics),
+            ports(&parts, &ledger, &keyring),
         );
         queues::load(&db, &queue).await?;
         registry.adopt(tasks::recovery::running(&parts).await?);
@@ -169,13 +180,19 @@ impl App {
         loops.spawn_flushing_loop("recorder", recorder.run(loops.last_call()));
         // File work waits for real time, which a simulation has none of.
         if !clock.is_simulated() {
-            loops.spawn_loop("archive", Archiver::new(db.clone(), blobs, clock.clone()).run());
-            loops.spawn_loop("artifacts", artifacts.clone().run());
+            // Other servers do not see this one's files: among several, segments stay in the
+            // database.
+            if standing.id().is_none() {
+                loops.spawn_loop("archive", Archiver::new(db.clone(), blobs, clock.clone()).run());
+            }
+            loops.spawn_loop("artifacts", artifacts.clone().run(standing.duty(Lock::Artifacts)));
         }
         loops.spawn_loop("housekeeping", {
             let retention = place::retention(&config.retention);
-            tasks::housekeeping::run(db.clone(), clock.clone(), retention)
+            let duty = standing.duty(Lock::Housekeeping);
+            tasks::housekeeping::run(db.clone(), clock.clone(), retention, duty)
         });
+        among.start(&parts, &ledger, &registry, shared.as_ref(), loops).await?;
         loops.spawn_loop("storage health", db::watch_health(db.clone(), clock.clone()));
         loops.spawn_loop("lease sweep", registry.clone().run_sweep());
         loops.spawn_loop("revocations", registry.clone().run_revocations());
@@ -357,9 +374,27 @@ async fn recover(parts: &ledger::Parts, registry: &Registry) -> Result<(), Error
 }
 
 /// What runners need of the ledger and of keys, which they must not import.
-fn ports(ledger: &ledger::Ledger, db: &Db, keyring: &Keyring, metrics: &Metrics) -> runners::Ports {
-    let (ledger, db, signer) = (ledger.clone(), db.clone(), keyring.signer().clone());
+fn ports(parts: &ledger::Parts, ledger: &ledger::Ledger, keyring: &Keyring) -> runners::Ports {
+    let (db, signer) = (parts.db.clone(), keyring.signer().clone());
+    let (ledger, resuming) = (ledger.clone(), (parts.clone(), ledger.clone()));
+    let resume: runners::Resume = Arc::new(move |claims| {
+        let (parts, ledger) = resuming.clone();
+        Box::pin(async move {
+            let tasks = ledger.resume(claims).await?;
+            for task in &tasks {
+                tasks::recovery::resume(&parts, task).await?;
+                parts.timers.watch(task);
+            }
+            Ok(tasks)
+        })
+    });
     runners::Ports {
+        resume: parts.standing.id().map(|_| resume),
+        standing: parts.standing.clone(),
+        roster: parts
+            .standing
+            .id()
+            .map(|id| Roster::new(parts.db.clone(), id, parts.standing.dead_after())),
         apply: Arc::new(move |id, event| {
             let ledger = ledger.clone();
             Box::pin(async move { ledger.apply(id, event).await })
@@ -378,7 +413,7 @@ fn ports(ledger: &ledger::Ledger, db: &Db, keyring: &Keyring, metrics: &Metrics)
             signer.attempt_token(&task.namespace, task.id, task.attempt, ttl)
         }),
         receipts: keyring.signer().receipts(),
-        metrics: metrics.clone(),
+        metrics: parts.metrics.clone(),
     }
 }
 

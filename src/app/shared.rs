@@ -1,15 +1,21 @@
 //! What servers on one database share in Redis, where one is configured.
 
+use super::among::Told;
 #[cfg(feature = "redis")]
-use crate::backlog::{Backlog, Settings};
+use crate::{
+    backlog::{Backlog, Settings},
+    instances::hints::Outgoing,
+};
 use crate::{
     clock::Clock,
     config::{self, Config},
     db::Db,
     grpc::health::Health,
-    id::Entropy,
+    id::{Entropy, InstanceId},
     queue::{Limits, Queue},
+    runners::Registry,
     supervisor::Supervisor,
+    tasks::ledger::Parts,
     telemetry::Metrics,
 };
 
@@ -132,6 +138,33 @@ impl Connection {
 
 #[cfg(feature = "redis")]
 impl Shared {
+    /// Carries what servers tell each other, and tokens to where they are read.
+    pub(super) async fn carry(
+        &self,
+        told: Told,
+        me: InstanceId,
+        parts: &Parts,
+        registry: &Registry,
+        supervisor: &Supervisor,
+    ) -> anyhow::Result<()> {
+        let Connection { redis, bells } = &self.connection;
+        let Outgoing { hints, asked } = told.outgoing;
+        let (relay, clock) = (parts.relay.clone(), parts.clock.clone());
+        let export =
+            crate::crossing::Export::new(relay, clock, parts.hints.clone(), redis.clone(), asked);
+        supervisor.spawn_loop("export", export.run());
+        let carrier = crate::crossing::Carrier {
+            redis: redis.clone(),
+            bells: bells.clone(),
+            me,
+            hints: parts.hints.clone(),
+            inlet: told.follow,
+            registry: registry.clone(),
+            tail: parts.tail.clone(),
+        };
+        carrier.start(hints, supervisor).await
+    }
+
     /// Starts what goes through Redis, and says how it is.
     pub(super) fn start(&self, health: Health, metrics: Metrics, supervisor: &Supervisor) {
         self.backlog.start(&self.connection.bells, supervisor);
@@ -151,6 +184,18 @@ impl Shared {
 
 #[cfg(not(feature = "redis"))]
 impl Shared {
+    /// Never, in a program without it.
+    pub(super) async fn carry(
+        &self,
+        _: Told,
+        _: InstanceId,
+        _: &Parts,
+        _: &Registry,
+        _: &Supervisor,
+    ) -> anyhow::Result<()> {
+        match *self {}
+    }
+
     /// Never, in a program without it.
     pub(super) fn start(&self, _: Health, _: Metrics, _: &Supervisor) {
         match *self {}

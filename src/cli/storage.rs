@@ -20,6 +20,7 @@ use crate::{
     db::{self, Db, Engine, Location},
     error::{Error, Kind},
     id::Entropy,
+    instances::Mandate,
     tasks::housekeeping,
 };
 
@@ -172,7 +173,9 @@ async fn collect(context: &Context, place: &Place, older_than: Option<Duration>)
     let collected = async {
         let connections = config.database.connections;
         let db = Db::connect_at(&at, connections, &Entropy::system()).await?;
-        let collected = housekeeping::run_once(&db, context.clock.now(), retention).await;
+        let collected =
+            housekeeping::run_once(&db, context.clock.now(), retention, &Mandate::of_operator())
+                .await;
         db.close().await;
         collected
     };

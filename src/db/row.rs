@@ -12,7 +12,7 @@ use super::postgres::value::{read_id, read_text};
 use crate::{
     clock::Micros,
     error::{Error, Result},
-    id::{ArtifactId, Namespace, TaskId, UploadId},
+    id::{ArtifactId, InstanceId, Namespace, TaskId, UploadId},
 };
 
 /// A row; columns are numbered from 0.
@@ -190,7 +190,7 @@ macro_rules! ids {
     )*};
 }
 
-ids!(TaskId ArtifactId UploadId);
+ids!(TaskId ArtifactId UploadId InstanceId);
 
 /// What a row can be read as.
 pub trait FromRow: Sized {

@@ -75,6 +75,15 @@ impl Tx {
 }
 
 impl Tx {
+    /// Which engine it is of.
+    pub fn engine(&self) -> Engine {
+        match self {
+            Self::Sqlite(_) => Engine::Sqlite,
+            #[cfg(feature = "postgres")]
+            Self::Postgres(_) => Engine::Postgres,
+        }
+    }
+
     /// Has the engine look at a text without running it.
     pub(super) async fn prepare(&mut self, text: &'static str) -> Result<(), sqlx::Error> {
         use sqlx::{Executor as _, SqlSafeStr as _};

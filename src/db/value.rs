@@ -10,7 +10,7 @@ use super::{Engine, Type};
 use crate::{
     clock::Micros,
     error::{Error, Result},
-    id::{ArtifactId, Namespace, TaskId, UploadId},
+    id::{ArtifactId, InstanceId, Namespace, TaskId, UploadId},
 };
 
 /// One value. Each NULL has a type, which Postgres wants to know.
@@ -71,6 +71,7 @@ bind! {
     TaskId => Id, |this| this.0;
     ArtifactId => Id, |this| this.0;
     UploadId => Id, |this| this.0;
+    InstanceId => Id, |this| this.0;
     Json => Json, |this| this.0;
 }
 

@@ -6,6 +6,8 @@
 //! when it is accepted does not come here: the ledger starts it in the same commit, by the
 //! [`starter`]. What a nudge lost, the [`Sweep`] finds.
 
+mod holdings;
+mod orphans;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -15,7 +17,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-pub use self::sweep::Sweep;
+pub use self::{holdings::Holdings, orphans::Orphans, sweep::Sweep};
 use crate::{
     clock::Clock,
     error::Reason,
@@ -56,6 +58,11 @@ impl Dispatcher {
         let rounds = Arc::new(Semaphore::new(ROUNDS));
         loop {
             let permit = rounds.clone().acquire_owned().await?;
+            if !self.registry.may_assign() {
+                drop(permit);
+                self.clock.sleep(LOOK).await;
+                continue;
+            }
             let matches = self.queue.take_matches(self.clock.now(), ROUND);
             if matches.is_empty() {
                 drop(permit);

@@ -42,6 +42,11 @@ impl Tail {
         self.0.rings.subscribe()
     }
 
+    /// Whether anybody follows.
+    pub fn is_followed(&self) -> bool {
+        self.0.rings.receiver_count() > 0
+    }
+
     /// The twin of the entry at a position, for followers that want the entry in a second
     /// encoding: the same for all of them, unless one is far behind.
     pub fn twin(&self, position: i64) -> Arc<Twin> {

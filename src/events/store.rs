@@ -1,15 +1,16 @@
 //! SQL of the `task_events` table.
 //!
-//! `position` orders entries for watchers: it follows the order of commits as long as one ledger
-//! appends at a time, which holds on SQLite and for one server on Postgres. Among several, a
-//! lower position may become visible after a higher one; what numbers a task's own entries,
-//! `sequence`, is right in any case, since it is given under the revision of the task's row.
+//! `position` orders entries for watchers: on SQLite, where one ledger appends at a time, it follows
+//! the order of commits. On Postgres a lower position may become visible after a higher one, so a
+//! watcher keeps a snapshot of the database instead, and what it reads next is what a later
+//! snapshot shows and that one does not ([`Place`]). What numbers a task's own entries, `sequence`,
+//! is right in any case, since it is given under the revision of the task's row.
 
 use bytes::Bytes;
 
 use crate::{
     clock::Micros,
-    db::{Bulk, FromRow, Json, Row, Script, Sql, Statement, Tx, Type},
+    db::{Bulk, Engine, FromRow, Json, Row, Script, Sql, Statement, Tx, Type},
     error::Result,
     id::{Namespace, TaskId},
 };
@@ -87,57 +88,109 @@ pub async fn is_stored(tx: &mut Tx, event: &NewEvent) -> Result<bool> {
     Ok(found.is_some_and(|(frame,)| frame == event.frame))
 }
 
-const NEWEST: Sql = Sql::new("SELECT max(position) FROM task_events");
+/// How far a watcher has read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Up to a position, where positions follow the order of commits.
+    Position(i64),
+    /// What a snapshot shows; where a page was full, the snapshot that is being read and the last
+    /// position of the page.
+    Snapshot {
+        /// All that this one shows was read.
+        seen: String,
+        /// This one is being read, behind that position.
+        reading: Option<(String, i64)>,
+    },
+}
 
-/// The position of the newest entry of all; 0 when there is none.
-pub async fn newest(tx: &mut Tx) -> Result<i64> {
+const NEWEST: Sql = Sql::new("SELECT max(position) FROM task_events");
+const SNAPSHOT: Sql = Sql::each("", "SELECT pg_current_snapshot()::text");
+
+async fn newest(tx: &mut Tx) -> Result<i64> {
     let (position,): (Option<i64>,) = tx.query(NEWEST).one().await?;
     Ok(position.unwrap_or(0))
 }
 
-/// What follows a position, but for what the engines write differently.
-macro_rules! after {
-    ($with_labels:literal) => {
-        concat!(
-            "SELECT e.position, e.task_id, e.sequence, e.frame
-             FROM task_events e JOIN tasks t ON t.id = e.task_id
-             WHERE e.position > $1 AND e.namespace = $2
-               AND (t.model = $3 OR $3 IS NULL) AND (t.session_id = $4 OR $4 IS NULL)
-               AND ",
-            $with_labels,
-            " ORDER BY e.position LIMIT $6"
-        )
-    };
+async fn snapshot(tx: &mut Tx) -> Result<String> {
+    Ok(tx.query(SNAPSHOT).one::<(String,)>().await?.0)
+}
+
+/// Behind all entries that are committed.
+pub async fn end(tx: &mut Tx) -> Result<Place> {
+    match tx.engine() {
+        Engine::Sqlite => newest(tx).await.map(Place::Position),
+        Engine::Postgres => Ok(Place::Snapshot { seen: snapshot(tx).await?, reading: None }),
+    }
 }
 
 const AFTER: Sql = Sql::each(
-    after!(
-        "NOT EXISTS (
+    "SELECT e.position, e.task_id, e.sequence, e.frame
+     FROM task_events e JOIN tasks t ON t.id = e.task_id
+     WHERE e.position > $1 AND e.namespace = $2
+       AND (t.model = $3 OR $3 IS NULL) AND (t.session_id = $4 OR $4 IS NULL)
+       AND NOT EXISTS (
            SELECT 1 FROM json_each($5) wanted
            WHERE NOT EXISTS (SELECT 1 FROM json_each(t.labels) have
-                             WHERE have.key = wanted.key AND have.value = wanted.value))"
-    ),
-    after!("t.labels @> $5::jsonb"),
+                             WHERE have.key = wanted.key AND have.value = wanted.value))
+     ORDER BY e.position LIMIT $6",
+    "",
 );
 
-/// A namespace's entries above a position, in the order of their commits, with the highest
-/// position that was looked at.
+const BETWEEN: Sql = Sql::each(
+    "",
+    "SELECT e.position, e.task_id, e.sequence, e.frame
+     FROM task_events e JOIN tasks t ON t.id = e.task_id
+     WHERE e.position > $1 AND e.namespace = $2
+       AND (t.model = $3 OR $3 IS NULL) AND (t.session_id = $4 OR $4 IS NULL)
+       AND t.labels @> $5::jsonb
+       AND e.xid >= pg_snapshot_xmin($7::text::pg_snapshot)
+       AND NOT pg_visible_in_snapshot(e.xid, $7::text::pg_snapshot)
+       AND pg_visible_in_snapshot(e.xid, $8::text::pg_snapshot)
+     ORDER BY e.position LIMIT $6",
+);
+
+/// A namespace's entries behind a place, at most `limit`, and the place behind them. Entries of a
+/// task come in the order of their sequences, and each is found once.
 pub async fn after(
     tx: &mut Tx,
     namespace: &Namespace,
-    position: i64,
+    place: Place,
     filter: &Filter,
     limit: u32,
-) -> Result<Vec<Event>> {
-    tx.query(AFTER)
-        .bind(position)
-        .bind(namespace)
-        .bind(filter.model.as_ref())
-        .bind(filter.session.as_ref())
-        .bind(Json(filter.labels.clone()))
-        .bind(limit)
-        .all()
-        .await
+) -> Result<(Vec<Event>, Place)> {
+    let labels = Json(filter.labels.clone());
+    let (model, session) = (filter.model.as_ref(), filter.session.as_ref());
+    match place {
+        Place::Position(after) => {
+            // Positions up to here are committed: there is one writer.
+            let newest = newest(tx).await?;
+            let query = tx.query(AFTER).bind(after).bind(namespace).bind(model).bind(session);
+            let page: Vec<Event> = query.bind(labels).bind(limit).all().await?;
+            let last = page.last().map(|event| event.position);
+            let place = match last {
+                Some(last) if page.len() == limit as usize => last,
+                last => last.unwrap_or(after).max(newest),
+            };
+            Ok((page, Place::Position(place)))
+        }
+        Place::Snapshot { seen, reading } => {
+            let (now, after) = match reading {
+                Some(reading) => reading,
+                None => (snapshot(tx).await?, 0),
+            };
+            let query = tx.query(BETWEEN).bind(after).bind(namespace).bind(model).bind(session);
+            let query = query.bind(labels).bind(limit).bind(&seen).bind(&now);
+            let page: Vec<Event> = query.all().await?;
+            let last = page.last().map(|event| event.position);
+            let place = match last {
+                Some(last) if page.len() == limit as usize => {
+                    Place::Snapshot { seen, reading: Some((now, last)) }
+                }
+                _ => Place::Snapshot { seen: now, reading: None },
+            };
+            Ok((page, place))
+        }
+    }
 }
 
 /// Which tasks a watcher follows.
@@ -168,5 +221,7 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Query(LIST),
     Statement::Query(FRAME),
     Statement::Query(NEWEST),
+    Statement::Query(SNAPSHOT),
     Statement::Query(AFTER),
+    Statement::Query(BETWEEN),
 ];

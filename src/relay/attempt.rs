@@ -144,7 +144,8 @@ impl Log {
             if inner.live.as_ref().is_some_and(|live| live.number == attempt) {
                 return;
             }
-            if !inner.kept.known || inner.kept.head < durable {
+            let fed = std::mem::take(&mut inner.far.fed);
+            if !inner.kept.known || inner.kept.head < durable || fed {
                 self.skip_to(&mut inner.kept, durable);
             }
             inner.live = Some(Live {
@@ -428,6 +429,11 @@ impl Log {
 }
 
 impl Live {
+    /// Whether it is that attempt.
+    pub(super) fn is(&self, attempt: u32) -> bool {
+        self.number == attempt
+    }
+
     /// How many more entries may be shown.
     fn left(&self, head: u64) -> u64 {
         self.reserved.saturating_sub(head + 1)

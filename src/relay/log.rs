@@ -9,7 +9,10 @@
 use std::{
     collections::VecDeque,
     ops::Range,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use bytes::{Bytes, BytesMut};
@@ -19,6 +22,7 @@ use tokio::sync::Notify;
 use super::{
     Books,
     attempt::Live,
+    far::Far,
     subscriber::{Ready, Subscriber},
     wake::{Ticket, Waiting},
 };
@@ -37,6 +41,7 @@ pub struct Log {
     task: TaskId,
     books: Arc<Books>,
     inner: Mutex<Inner>,
+    pub(super) readers: AtomicUsize,
     /// Something became durable, or an attempt began, froze, thawed or ended.
     pub(super) progress: Notify,
 }
@@ -71,6 +76,7 @@ pub(super) struct Inner {
     /// Frames are written here one behind the other and split off.
     pub(super) buffer: BytesMut,
     pub(super) waiting: Waiting,
+    pub(super) far: Far,
 }
 
 /// The entries in memory.
@@ -94,7 +100,13 @@ pub(super) struct Kept {
 
 impl Log {
     pub(super) fn new(task: TaskId, books: Arc<Books>) -> Self {
-        Self { task, books, inner: Mutex::default(), progress: Notify::new() }
+        Self {
+            task,
+            books,
+            inner: Mutex::default(),
+            readers: AtomicUsize::new(0),
+            progress: Notify::new(),
+        }
     }
 
     /// The task.
@@ -154,17 +166,24 @@ impl Log {
     pub(super) fn read(
         &self,
         cursor: &mut u64,
+        seen: &mut u64,
         out: &mut VecDeque<Entry>,
         twins: bool,
         wait: impl FnOnce(&mut Waiting),
     ) -> Option<Ready> {
         let mut inner = self.lock();
-        let Inner { kept, sealed, waiting, .. } = &mut *inner;
+        let Inner { kept, sealed, live, waiting, far, .. } = &mut *inner;
+        if far.has_stirred(seen) {
+            return Some(Ready::Stirred);
+        }
         if !kept.known || *cursor >= kept.head {
             if kept.known && *sealed {
                 return Some(Ready::End);
             }
             wait(waiting);
+            if live.is_none() {
+                far.want(&self.books.far, self.task);
+            }
             return None;
         }
         if *cursor < kept.before && faults::planted(Fault::SkipForLaggards) {
@@ -258,6 +277,17 @@ impl Log {
         }
         self.books.idle.lock().push(self.task);
         false
+    }
+}
+
+impl Inner {
+    /// Whether the end was published.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.sealed
+    }
+
+    pub(super) fn seal(&mut self) {
+        self.sealed = true;
     }
 }
 

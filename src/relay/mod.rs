@@ -14,6 +14,9 @@
 //! is in the log.
 
 mod attempt;
+mod far;
+#[cfg(test)]
+mod far_tests;
 mod log;
 mod segment;
 mod subscriber;
@@ -113,6 +116,8 @@ struct Books {
     /// Logs that may have nothing left to do, each once.
     idle: Mutex<Vec<TaskId>>,
     fan_out: wake::FanOut,
+    /// Logs whose readers wait for what is not made here, each once; not kept by a server alone.
+    far: far::Wanted,
 }
 
 impl Relay {
@@ -130,6 +135,7 @@ impl Relay {
             hurried: Notify::new(),
             idle: Mutex::default(),
             fan_out: wake::FanOut::default(),
+            far: far::Wanted::default(),
         });
         Self(Arc::new(Shared { logs: Mutex::default(), books }))
     }

@@ -22,6 +22,8 @@ pub enum Next {
     /// What follows is no longer in memory; storage has it. Read on from there and
     /// tell the subscriber with [`Subscriber::seek`].
     Behind,
+    /// Storage may have something new, which did not come by this log.
+    Stirred,
     /// Nothing follows any more.
     End,
 }
@@ -33,6 +35,8 @@ pub enum Ready {
     Frames,
     /// As [`Next::Behind`].
     Behind,
+    /// As [`Next::Stirred`].
+    Stirred,
     /// As [`Next::End`].
     End,
 }
@@ -43,6 +47,8 @@ pub struct Subscriber {
     log: Arc<Log>,
     id: u64,
     cursor: u64,
+    /// Of the log's stirs.
+    seen: u64,
     ticket: Ticket,
 }
 
@@ -50,7 +56,9 @@ impl Subscriber {
     pub(super) fn new(log: Arc<Log>, after: u64) -> Self {
         static IDS: AtomicU64 = AtomicU64::new(1);
         log.books().subscribers.fetch_add(1, Relaxed);
-        Self { log, id: IDS.fetch_add(1, Relaxed), cursor: after, ticket: Ticket::default() }
+        log.readers.fetch_add(1, Relaxed);
+        let (id, seen) = (IDS.fetch_add(1, Relaxed), log.stirs());
+        Self { log, id, cursor: after, seen, ticket: Ticket::default() }
     }
 
     /// The log.
@@ -76,8 +84,9 @@ impl Subscriber {
         out: &mut VecDeque<Entry>,
         twins: bool,
     ) -> Poll<Ready> {
-        let Self { log, id, cursor, ticket } = self;
-        let ready = log.read(cursor, out, twins, |waiting| waiting.wait(*id, ticket, cx.waker()));
+        let Self { log, id, cursor, seen, ticket } = self;
+        let ready =
+            log.read(cursor, seen, out, twins, |waiting| waiting.wait(*id, ticket, cx.waker()));
         ready.map_or(Poll::Pending, Poll::Ready)
     }
 
@@ -89,6 +98,7 @@ impl Subscriber {
                 Next::Frames(out.into_iter().map(|entry| (entry.sequence, entry.frame)).collect())
             }
             Ready::Behind => Next::Behind,
+            Ready::Stirred => Next::Stirred,
             Ready::End => Next::End,
         }
     }
@@ -97,6 +107,7 @@ impl Subscriber {
 impl Drop for Subscriber {
     fn drop(&mut self) {
         self.log.books().subscribers.fetch_sub(1, Relaxed);
+        self.log.readers.fetch_sub(1, Relaxed);
         self.log.leave(&self.ticket);
     }
 }

@@ -248,7 +248,7 @@ impl World {
             Poll::Pending => return false,
             Poll::Ready((Ready::Frames, frames)) => entries.extend(frames),
             Poll::Ready((Ready::End, _)) => reader.ended = true,
-            Poll::Ready((Ready::Behind, _)) => {
+            Poll::Ready((Ready::Behind | Ready::Stirred, _)) => {
                 let stored = self.stored.range(before + 1..).take(3);
                 entries.extend(stored.map(|(sequence, frame)| (*sequence, frame.clone())));
                 assert!(!entries.is_empty(), "storage has what memory has not");

@@ -73,7 +73,7 @@ async fn read(log: Arc<Log>, stored: Stored, after: u64) -> u64 {
     loop {
         let entries: Vec<_> = match reader.next().await {
             Next::Frames(entries) => entries,
-            Next::Behind => {
+            Next::Behind | Next::Stirred => {
                 let stored = stored.lock();
                 stored.range(cursor + 1..).take(5).map(|(at, text)| (*at, text.clone())).collect()
             }

@@ -19,7 +19,7 @@ use crate::{
     faults::{self, Fault},
     queue::{Revocation, SupplyKey},
     tasks::{
-        model::{Task, Usage},
+        model::{State as TaskState, Task, Usage},
         state::{Event, Outcome},
     },
 };
@@ -182,6 +182,15 @@ impl Registry {
         session.output.bell.notify_one();
     }
 
+    /// Whether the store says that the attempt ended the task, in this way.
+    pub(super) async fn has_ended_so(&self, fence: Fence, outcome: &Outcome) -> Result<bool> {
+        match (self.ports().get)(fence.task).await {
+            Ok(task) => Ok(ended_so(&task, fence, outcome)),
+            Err(error) if error.kind() == Kind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Ends a session for good; its attempts are lost, or handed back when it left in peace.
     pub(super) fn drop_session(&self, state: &mut State, key: SupplyKey, left: Left<'_>) {
         let Some(mut session) = state.sessions.remove(&key) else { return };
@@ -195,23 +204,26 @@ impl Registry {
             Left::InPeace(why) | Left::Lost(why) => why,
             Left::Replaced => "its runner began a new session",
             Left::TakenOver => "another process took over the runner's name",
+            Left::Cut => "the server lost touch with the database",
         });
         for link in session.attached.link().into_iter().chain(&session.output.link) {
             link.end(match left {
                 Left::InPeace(_) => None,
                 Left::TakenOver => Some(taken_over(&session.profile.runner)),
                 Left::Replaced | Left::Lost(_) => Some(superseded()),
+                Left::Cut => Some(super::elsewhere::cut_off()),
             });
         }
         let mono = self.mono();
         let acked_seq = session.outbox.acked_seq();
         for task in session.held {
             state.leases.set_holder(task, None, mono);
-            let Some(lease) = state.leases.of_task(task) else { continue };
+            let Some(lease) = state.leases.of_task_mut(task) else { continue };
+            lease.accepted = lease.is_reached(acked_seq);
             let end = match left {
                 // The Hello that replaces it decides.
-                Left::Replaced | Left::TakenOver => continue,
-                Left::Lost(why) if lease.is_reached(acked_seq) => End::Lose(why.to_owned()),
+                Left::Replaced | Left::TakenOver | Left::Cut => continue,
+                Left::Lost(why) if lease.accepted => End::Lose(why.to_owned()),
                 Left::InPeace(why) | Left::Lost(why) => End::HandBack(why.to_owned()),
             };
             let fence = lease.fence;
@@ -224,6 +236,7 @@ impl Registry {
         loop {
             for _ in 0..STALE_EVERY {
                 self.clock().sleep(SWEEP_INTERVAL).await;
+                self.sweep_standing();
                 self.sweep_once().await;
             }
             self.sweep_stale();
@@ -339,6 +352,8 @@ pub(super) enum Left<'a> {
     TakenOver,
     /// The runner did not come back.
     Lost(&'a str),
+    /// This server lost touch with the database.
+    Cut,
 }
 
 /// Marks a lease as about to end; false when it is already, or gone.
@@ -350,6 +365,19 @@ pub(super) fn mark(state: &mut State, fence: Fence, end: &End) -> bool {
         }
         _ => false,
     }
+}
+
+/// Whether the task was ended by this attempt, in this way.
+fn ended_so(task: &Task, fence: Fence, outcome: &Outcome) -> bool {
+    task.attempt == fence.attempt
+        && match outcome {
+            Outcome::Success(_) => task.state == TaskState::Succeeded,
+            Outcome::Failure { failure, .. } => {
+                matches!(task.state, TaskState::Failed | TaskState::DeadLettered)
+                    && task.error.as_ref() == Some(failure)
+            }
+            Outcome::HandBack(_) => false,
+        }
 }
 
 /// Whether the store may answer otherwise next time.

@@ -144,7 +144,13 @@ impl Registry {
         }
         for fence in Self::missing(state, key, &kept, as_of_seq) {
             let why = "its runner does not hold it any more";
-            self.spawn_end(state, fence, End::Lose(why.into()));
+            let reached = state
+                .leases
+                .find(fence)
+                .is_some_and(|lease| lease.accepted || lease.holder == Some(key));
+            // What was under way to an earlier session never began.
+            let end = if reached { End::Lose(why.into()) } else { End::HandBack(why.into()) };
+            self.spawn_end(state, fence, end);
         }
         verdicts
     }

@@ -184,6 +184,11 @@ impl Leases {
         self.by_task.get_mut(&task)
     }
 
+    /// All leases.
+    pub fn iter(&self) -> impl Iterator<Item = &Lease> {
+        self.by_task.values()
+    }
+
     /// All leases, to change them.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Lease> {
         self.by_task.values_mut()

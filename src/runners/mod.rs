@@ -20,6 +20,7 @@ mod cancels;
 mod commands;
 mod control;
 pub mod convert;
+mod elsewhere;
 mod ends;
 mod events;
 mod hello;
@@ -29,6 +30,7 @@ mod operate;
 mod output;
 pub mod protocol;
 mod registry;
+pub mod roster;
 pub mod service;
 mod session;
 #[cfg(test)]
@@ -36,7 +38,7 @@ pub(crate) mod tests;
 
 use std::time::Duration;
 
-pub use self::registry::{Ports, Registry, Supply};
+pub use self::registry::{Ports, Registry, Resume, Supply};
 
 /// Times and bounds of the runner protocol.
 #[derive(Clone, Debug, PartialEq)]

@@ -93,6 +93,15 @@ impl Registry {
             .collect()
     }
 
+    /// All runners, with their namespaces.
+    pub fn list_everything(&self) -> Vec<(Namespace, Seen)> {
+        let state = self.lock();
+        let present = state.by_runner.iter().filter_map(|((namespace, _), key)| {
+            Some((namespace.clone(), seen(&state, state.sessions.get(key)?)))
+        });
+        present.collect()
+    }
+
     /// A runner of a namespace.
     pub fn get(&self, namespace: &Namespace, runner: &RunnerId) -> Result<Seen> {
         let state = self.lock();

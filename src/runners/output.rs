@@ -9,7 +9,7 @@ use tokio::sync::{Notify, oneshot};
 use super::{
     Ports, Registry,
     control::{find, held, present},
-    convert,
+    convert, elsewhere,
     ends::{End, mark},
     events,
     leases::Ending,
@@ -24,10 +24,6 @@ use crate::{
     pb,
     queue::SupplyKey,
     relay::{Log, Refused},
-    tasks::{
-        model::{State as TaskState, Task},
-        state::Outcome,
-    },
 };
 
 /// A resend is asked for at most this often: what is under way behind a gap asks for nothing.
@@ -259,15 +255,6 @@ impl Registry {
         session.output.bell.notify_one();
     }
 
-    /// Whether the store says that the attempt ended the task, in this way.
-    async fn has_ended_so(&self, fence: Fence, outcome: &Outcome) -> Result<bool> {
-        match (self.ports().get)(fence.task).await {
-            Ok(task) => Ok(ended_so(&task, fence, outcome)),
-            Err(error) if error.kind() == Kind::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Moves what waits into the log, and tells the store of the end once nothing waits.
     pub(super) fn pump(&self, state: &mut State, fence: Fence) {
         let Some(lease) = state.leases.find_mut(fence) else { return };
@@ -414,6 +401,8 @@ impl Registry {
         let last = batch.first_index + batch.events.len() as u64 - 1;
         match batch.finish.map(events::outcome) {
             Some((outcome, _)) if self.has_ended_so(fence, &outcome).await? => Ok((last, true)),
+            // The runner says Hello here first, which brings the attempt along.
+            _ if self.is_elsewhere(fence).await? => Err(elsewhere::held_elsewhere(fence)),
             _ => Err(convert::lease_lost(fence)),
         }
     }
@@ -479,19 +468,6 @@ fn append(ports: &Ports, log: &Arc<Log>, start: Micros, batch: &Batch) -> Left {
         Err(Refused::Missing { expected_index }) => Left::Missing(expected_index),
         Err(Refused::WrongAttempt) => Left::Ended,
     }
-}
-
-/// Whether the task was ended by this attempt, in this way.
-fn ended_so(task: &Task, fence: Fence, outcome: &Outcome) -> bool {
-    task.attempt == fence.attempt
-        && match outcome {
-            Outcome::Success(_) => task.state == TaskState::Succeeded,
-            Outcome::Failure { failure, .. } => {
-                matches!(task.state, TaskState::Failed | TaskState::DeadLettered)
-                    && task.error.as_ref() == Some(failure)
-            }
-            Outcome::HandBack(_) => false,
-        }
 }
 
 fn stopping() -> Error {

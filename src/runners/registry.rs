@@ -15,6 +15,7 @@ use super::{
     events,
     leases::{Backlog, Lease, Leases},
     model::{Fence, ToRunner},
+    roster::Roster,
     session::Session,
 };
 use crate::{
@@ -22,12 +23,13 @@ use crate::{
     error::Result,
     faults::{self, Fault},
     id::{Entropy, Namespace, RunnerId, TaskId},
+    instances::{Phase, Standing},
     keys::Receipts,
     pb,
     queue::{Queue, Revocation, SupplyKey},
     relay::Relay,
     supervisor::Supervisor,
-    tasks::{model::Task, state::Event},
+    tasks::{ledger::Claim, model::Task, state::Event},
     telemetry::Metrics,
 };
 
@@ -35,6 +37,10 @@ use crate::{
 pub type Apply = Arc<dyn Fn(TaskId, Event) -> BoxFuture<'static, Result<Arc<Task>>> + Send + Sync>;
 /// Reads a task; an error when it does not exist.
 pub type Get = Arc<dyn Fn(TaskId) -> BoxFuture<'static, Result<Task>> + Send + Sync>;
+/// Takes over the attempts that a runner holds and that other servers had; those that go on, with
+/// their logs where storage left off. An error when storage does not answer.
+pub type Resume =
+    Arc<dyn Fn(Vec<Claim>) -> BoxFuture<'static, Result<Vec<Arc<Task>>>> + Send + Sync>;
 /// Makes the credential of a task's running attempt.
 pub type Token = Arc<dyn Fn(&Task) -> String + Send + Sync>;
 
@@ -49,6 +55,12 @@ pub struct Ports {
     pub token: Token,
     /// Opens the receipts of artifacts.
     pub receipts: Receipts,
+    /// Attempts of other servers; `None` where there are no others.
+    pub resume: Option<Resume>,
+    /// This server among others.
+    pub standing: Standing,
+    /// What servers show each other; `None` where there are no others.
+    pub roster: Option<Roster>,
     /// Where cancels are counted.
     pub metrics: Metrics,
 }
@@ -151,8 +163,16 @@ impl Registry {
         }
     }
 
-    /// Who is behind a key; `None` when its session has ended.
+    /// Whether work may be handed out.
+    pub fn may_assign(&self) -> bool {
+        self.ports().standing.phase() == Phase::Good
+    }
+
+    /// Who is behind a key; `None` when its session has ended, or nothing may be handed out.
     pub fn supply(&self, key: SupplyKey) -> Option<Supply> {
+        if !self.may_assign() {
+            return None;
+        }
         let state = self.lock();
         let profile = &state.sessions.get(&key)?.profile;
         Some(Supply {

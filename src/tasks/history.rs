@@ -9,6 +9,7 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -31,7 +32,7 @@ use crate::{
     error::{Error, Kind, Reason, Result},
     id::{Namespace, TaskId},
     pb::{self, Frame, task_event::Body},
-    relay::{self, Entry, Ready, Relay, Subscriber},
+    relay::{self, Entry, Log, Ready, Relay, Subscriber},
     twin::{self, Variant},
 };
 
@@ -44,6 +45,9 @@ const BYTES: usize = 256 << 10;
 /// Looks at storage in a row that may find nothing, before it is a defect: one may come too
 /// early, one may meet the archiver.
 const MAX_FUTILE: u32 = 3;
+
+/// Between two looks for what another server is about to store.
+const LAG: Duration = Duration::from_millis(100);
 
 /// Places for entries that an idle reader keeps.
 const IDLE_CAPACITY: usize = 16;
@@ -109,6 +113,7 @@ impl History {
             place: Place::default(),
             ready: VecDeque::new(),
             n_futile: 0,
+            behind: false,
             prefix: if options.tagged { id_field(task) } else { Bytes::new() },
             window: options.window,
             busy: false,
@@ -132,6 +137,40 @@ impl History {
             text.push_str(&token.text);
         }
         Ok((text, false))
+    }
+
+    /// Brings a log whose entries are made elsewhere up to what storage has.
+    ///
+    /// # Errors
+    /// When storage fails.
+    pub async fn bring_up(&self, log: &Arc<Log>) -> Result<()> {
+        let mut place = Place::default();
+        loop {
+            let Some(head) = log.head() else { return Ok(()) };
+            let page = match self.page(log.task(), head, place).await {
+                Ok(page) => page,
+                Err(error) if error.kind() == Kind::OutOfRange => {
+                    log.seal();
+                    return Ok(());
+                }
+                Err(error) if error.kind() == Kind::NotFound => {
+                    // Its readers find out.
+                    log.stir();
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            };
+            let frames: Vec<_> =
+                page.frames.into_iter().map(|entry| (entry.sequence, entry.frame)).collect();
+            log.feed(head + 1, &frames);
+            if page.ended {
+                log.seal();
+            }
+            if !page.more {
+                return Ok(());
+            }
+            place = page.place;
+        }
     }
 
     fn stored(&self, task: TaskId, after: u64, place: Place) -> BoxFuture<'static, Result<Page>> {
@@ -251,8 +290,10 @@ pub struct TaskStream {
     source: Source,
     place: Place,
     ready: VecDeque<Entry>,
-    /// Looks at storage in a row that found nothing.
+    /// Looks at storage in a row that found nothing of what must be there.
     n_futile: u32,
+    /// Whether storage must have what follows.
+    behind: bool,
     prefix: Bytes,
     window: Option<Duration>,
     /// Whether something was handed out since the last rest.
@@ -285,9 +326,10 @@ impl TaskStream {
                 self.subscriber.seek(last.sequence);
                 self.n_futile = 0;
             }
-            None => self.n_futile += 1,
+            None => self.n_futile += u32::from(self.behind),
         }
-        if self.n_futile > MAX_FUTILE {
+        let lags = self.n_futile > 0 && self.subscriber.log().is_fed();
+        if self.n_futile > MAX_FUTILE && !lags {
             let next = self.subscriber.cursor() + 1;
             return Err(Error::internal(format!("entry {next} of {} is nowhere", self.task)));
         }
@@ -295,6 +337,10 @@ impl TaskStream {
         match (page.ended, page.more) {
             (true, _) => self.source = Source::Done,
             (false, true) => self.look(),
+            // The server that makes it has not stored it yet.
+            (false, false) if lags => {
+                self.source = Source::Rest(self.history.clock.sleep(LAG).boxed());
+            }
             (false, false) => self.source = Source::Log,
         }
         Ok(())
@@ -307,7 +353,14 @@ impl TaskStream {
                 self.n_futile = 0;
                 self.busy = true;
             }
-            Poll::Ready(Ready::Behind) => self.look(),
+            Poll::Ready(Ready::Behind) => {
+                self.behind = true;
+                self.look();
+            }
+            Poll::Ready(Ready::Stirred) => {
+                self.behind = false;
+                self.look();
+            }
             Poll::Ready(Ready::End) => {
                 self.source = Source::Done;
                 let last = self.subscriber.log().head().unwrap_or(self.after);

@@ -10,6 +10,7 @@ use crate::{
     clock::{Clock, Micros},
     db::Db,
     error::Result,
+    instances::{Duty, Mandate},
 };
 
 /// Between two rounds.
@@ -40,25 +41,34 @@ pub struct Collected {
 }
 
 /// Deletes what is old enough.
-pub async fn run_once(db: &Db, now: Micros, retention: Retention) -> Result<Collected> {
+pub async fn run_once(
+    db: &Db,
+    now: Micros,
+    retention: Retention,
+    mandate: &Mandate,
+) -> Result<Collected> {
     let mut collected =
-        Collected { request_ids: forget_requests(db, now).await?, ..Collected::default() };
+        Collected { request_ids: forget_requests(db, now, mandate).await?, ..Collected::default() };
     if let Some(kept) = retention.ended_tasks {
-        collected.tasks = delete_ended(db, Ended::Done, now - kept).await?;
+        collected.tasks = delete_ended(db, Ended::Done, now - kept, mandate).await?;
     }
     if let Some(kept) = retention.dead_letters {
-        collected.dead_letters = delete_ended(db, Ended::Dead, now - kept).await?;
+        collected.dead_letters = delete_ended(db, Ended::Dead, now - kept, mandate).await?;
     }
     Ok(collected)
 }
 
 /// Forgets `request_ids` that no longer count; returns how many.
-async fn forget_requests(db: &Db, now: Micros) -> Result<u64> {
+async fn forget_requests(db: &Db, now: Micros, mandate: &Mandate) -> Result<u64> {
     let before = now - store::REQUEST_ID_TTL;
     let mut n_forgotten = 0;
     loop {
+        let mandate = mandate.clone();
         let forget = db.write(move |tx| {
-            Box::pin(async move { store::forget_requests(tx, before, CHUNK).await })
+            Box::pin(async move {
+                mandate.check(tx).await?;
+                store::forget_requests(tx, before, CHUNK).await
+            })
         });
         let n_chunk = forget.await?;
         n_forgotten += n_chunk;
@@ -70,7 +80,7 @@ async fn forget_requests(db: &Db, now: Micros) -> Result<u64> {
 
 /// Deletes tasks that ended before a time; returns how many. Their transcripts, which nothing
 /// refers to then, are collected by the archiver.
-async fn delete_ended(db: &Db, which: Ended, before: Micros) -> Result<u64> {
+async fn delete_ended(db: &Db, which: Ended, before: Micros, mandate: &Mandate) -> Result<u64> {
     let mut after = None;
     let mut n_deleted = 0;
     loop {
@@ -83,15 +93,23 @@ async fn delete_ended(db: &Db, which: Ended, before: Micros) -> Result<u64> {
         n_deleted += page.len() as u64;
         let mut script = db.script();
         store::delete(&mut script, &page)?;
-        db.write(|tx| Box::pin(script.run(tx))).await?;
+        let mandate = mandate.clone();
+        let delete = db.write(move |tx| {
+            Box::pin(async move {
+                mandate.check(tx).await?;
+                script.run(tx).await
+            })
+        });
+        delete.await?;
     }
 }
 
 /// Deletes what is old enough now and then, for ever.
-pub async fn run(db: Db, clock: Clock, retention: Retention) -> anyhow::Result<()> {
+pub async fn run(db: Db, clock: Clock, retention: Retention, duty: Duty) -> anyhow::Result<()> {
     loop {
         clock.sleep(EVERY).await;
-        match run_once(&db, clock.now(), retention).await {
+        let Some(mandate) = duty.mandate() else { continue };
+        match run_once(&db, clock.now(), retention, &mandate).await {
             Ok(collected) if collected != Collected::default() => {
                 tracing::info!(?collected, "old rows were deleted");
             }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::Micros,
-    id::{Namespace, RunnerId, TaskId},
+    id::{InstanceId, Namespace, RunnerId, TaskId},
 };
 
 /// State of a task; only [`state::apply`](super::state::apply) moves it.
@@ -212,6 +212,8 @@ pub struct Task {
     pub not_before: Option<Micros>,
     /// Runner of the latest attempt.
     pub runner: Option<RunnerId>,
+    /// Server that holds the session of that runner; `None` where there is one server only.
+    pub instance: Option<InstanceId>,
     /// Sequence of the latest attempt's `attempt_started`; events of the attempt follow it.
     pub base_sequence: u64,
     /// Highest sequence of a timeline event.

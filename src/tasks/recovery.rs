@@ -3,10 +3,15 @@
 
 use std::sync::Arc;
 
-use super::{ledger::Parts, model::Task, reads};
+use super::{
+    ledger::Parts,
+    model::{State, Task},
+    reads, store,
+};
 use crate::{
     error::Result,
     faults::{self, Fault},
+    id::TaskId,
     pb::{Frame, task_event::Body},
     relay,
 };
@@ -38,15 +43,18 @@ pub async fn waiting(parts: &Parts) -> Result<usize> {
     }
 }
 
-/// Opens the logs of running attempts where storage left off, so that their runners can go on;
+/// Opens the logs of running attempts that are this server's where storage left off, so that their runners can go on;
 /// returns the tasks, whose leases begin anew.
 pub async fn running(parts: &Parts) -> Result<Vec<Arc<Task>>> {
+    let instance = parts.standing.id();
     let mut after = None;
     let mut tasks = Vec::new();
     loop {
         let page = parts
             .db
-            .read(move |tx| Box::pin(async move { reads::running_page(tx, after, PAGE).await }))
+            .read(move |tx| {
+                Box::pin(async move { reads::running_page(tx, instance, after, PAGE).await })
+            })
             .await?;
         let Some(last) = page.last() else { return Ok(tasks) };
         after = Some(last.id);
@@ -58,7 +66,22 @@ pub async fn running(parts: &Parts) -> Result<Vec<Arc<Task>>> {
     }
 }
 
-async fn resume(parts: &Parts, task: &Task) -> Result<()> {
+/// As [`running`], for some tasks of which nothing is known here.
+pub async fn strays(parts: &Parts, ids: Vec<TaskId>) -> Result<Vec<Arc<Task>>> {
+    let read = parts.db.read(move |tx| Box::pin(async move { store::load(tx, &ids).await }));
+    let mut tasks = Vec::new();
+    for task in read.await? {
+        if task.state == State::Running && task.instance == parts.standing.id() {
+            resume(parts, &task).await?;
+            parts.timers.watch(&task);
+            tasks.push(Arc::new(task));
+        }
+    }
+    Ok(tasks)
+}
+
+/// Opens the log of a running attempt where storage left off.
+pub async fn resume(parts: &Parts, task: &Task) -> Result<()> {
     let (id, attempt) = (task.id, task.attempt);
     let segments = parts
         .db

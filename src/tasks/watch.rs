@@ -10,7 +10,7 @@ use futures_util::{Stream, stream};
 use super::{history::tag, ledger::Parts};
 use crate::{
     error::Result,
-    events::store::{self as events, Event, Filter},
+    events::store::{self as events, Event, Filter, Place},
     id::Namespace,
     pb::Frame,
     twin::{self, Variant},
@@ -18,6 +18,8 @@ use crate::{
 
 /// Longest pause between the looks of a watcher that nobody rang for.
 const LOOK: Duration = Duration::from_secs(5);
+/// The same, where other servers add entries and may have no way to say so.
+const LOOK_AT_OTHERS: Duration = Duration::from_secs(1);
 /// Entries read at once.
 const PAGE: u32 = 500;
 
@@ -26,7 +28,7 @@ struct Watcher {
     namespace: Namespace,
     filter: Filter,
     bell: tokio::sync::watch::Receiver<u64>,
-    position: i64,
+    place: Place,
     ready: VecDeque<Event>,
 }
 
@@ -37,9 +39,9 @@ pub async fn follow(
     filter: Filter,
 ) -> Result<impl Stream<Item = Result<Frame>> + Send + use<>> {
     let bell = parts.tail.follow();
-    let position = parts.db.read(|tx| Box::pin(events::newest(tx))).await?;
+    let place = parts.db.read(|tx| Box::pin(events::end(tx))).await?;
     let parts = parts.clone();
-    let watcher = Watcher { parts, namespace, filter, bell, position, ready: VecDeque::new() };
+    let watcher = Watcher { parts, namespace, filter, bell, place, ready: VecDeque::new() };
     Ok(stream::try_unfold(watcher, |mut watcher| async move {
         let event = watcher.next().await?;
         let twin = twin::wanted().then(|| watcher.parts.tail.twin(event.position));
@@ -50,6 +52,7 @@ pub async fn follow(
 
 impl Watcher {
     async fn next(&mut self) -> Result<Event> {
+        let look = if self.parts.standing.id().is_some() { LOOK_AT_OTHERS } else { LOOK };
         loop {
             if let Some(event) = self.ready.pop_front() {
                 return Ok(event);
@@ -61,30 +64,23 @@ impl Watcher {
             tokio::select! {
                 // The ledger lives as long as the server.
                 _ = self.bell.changed() => {}
-                () = self.parts.clock.sleep(LOOK) => {}
+                () = self.parts.clock.sleep(look) => {}
             }
         }
     }
 
     /// Reads a page; whether there was anything.
     async fn read(&mut self) -> Result<bool> {
-        let (namespace, filter, after) =
-            (self.namespace.clone(), self.filter.clone(), self.position);
+        let (namespace, filter, place) =
+            (self.namespace.clone(), self.filter.clone(), self.place.clone());
         let read = self.parts.db.read(move |tx| {
-            Box::pin(async move {
-                // Positions up to here are committed: there is one writer.
-                let newest = events::newest(tx).await?;
-                let page = events::after(tx, &namespace, after, &filter, PAGE).await?;
-                Ok((newest, page))
-            })
+            Box::pin(async move { events::after(tx, &namespace, place, &filter, PAGE).await })
         });
-        let (newest, page) = read.await?;
-        let last = page.last().map(|event| event.position);
-        self.position = match last {
-            Some(last) if page.len() == PAGE as usize => last,
-            last => last.unwrap_or(after).max(newest),
-        };
+        let (page, place) = read.await?;
+        // Behind the snapshot of a page that was full there may be more already.
+        let more = matches!(self.place, Place::Snapshot { reading: Some(_), .. });
+        self.place = place;
         self.ready.extend(page);
-        Ok(!self.ready.is_empty())
+        Ok(more || !self.ready.is_empty())
     }
 }

@@ -25,7 +25,7 @@ use crate::harness::{
 const MODEL: &str = "test/echo";
 
 /// A task of the echo engine that says `words` words, `delay_ms` apart.
-fn echo(words: usize, delay_ms: f64) -> pb::TaskSpec {
+pub fn echo(words: usize, delay_ms: f64) -> pb::TaskSpec {
     let text = (0..words).map(|i| format!("w{i}")).collect::<Vec<_>>().join(" ");
     let delay = prost_types::Value { kind: Some(prost_types::value::Kind::NumberValue(delay_ms)) };
     let params = prost_types::Struct { fields: [("delay_ms".to_owned(), delay)].into() };
@@ -167,7 +167,15 @@ async fn a_runner_stopped_past_its_lease_and_continued_changes_nothing() {
     let api = server.api();
     let zombie = server.agent("zombie", server.addr, MODEL, 1);
     let task = api.submit(echo(40, 50.0)).await.task_id;
-    api.wait_for(&task, &[TaskState::Running], SOON).await;
+    // It runs before the runner has heard of it: what never reached a runner is not lost with it.
+    let mut events = api.stream(&task, 1).await.expect("a stream");
+    within("a token", SOON, async {
+        while !matches!(
+            events.message().await.expect("an event").expect("no end").body,
+            Some(Body::Token(_))
+        ) {}
+    })
+    .await;
     zombie.signal(Signal::STOP);
     let stopped = Instant::now();
     let _other = server.agent("other", server.addr, MODEL, 1);

@@ -12,6 +12,7 @@ mod agent_commands;
 mod artifacts;
 mod auth;
 mod browsers;
+mod cluster;
 mod command_line;
 mod commands;
 mod connect;

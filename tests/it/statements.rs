@@ -5,7 +5,7 @@ use baton::{
     db::{self, Db, Location, Statement},
     events,
     id::Entropy,
-    keys, queues, tasks,
+    instances, keys, queues, runners, tasks,
 };
 
 use crate::harness::database;
@@ -17,8 +17,10 @@ fn all() -> Vec<Statement> {
         artifacts::uploads::STATEMENTS,
         db::STATEMENTS,
         events::store::STATEMENTS,
+        instances::STATEMENTS,
         keys::STATEMENTS,
         queues::STATEMENTS,
+        runners::roster::store::STATEMENTS,
         tasks::reads::STATEMENTS,
         tasks::store::STATEMENTS,
         tasks::transcripts::STATEMENTS,

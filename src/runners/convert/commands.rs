@@ -202,6 +202,14 @@ pub fn refusal(status: Option<pb::google::rpc::Status>) -> Option<Refusal> {
     })
 }
 
+/// What became of an order, as an encoded status.
+pub fn answer(outcome: &Result<()>) -> Vec<u8> {
+    match outcome {
+        Ok(()) => pb::google::rpc::Status::default().encode_to_vec(),
+        Err(error) => to_rpc_status(error).encode_to_vec(),
+    }
+}
+
 /// A runner as operators see it.
 pub fn runner(seen: &Seen) -> pb::Runner {
     let state = match (seen.connected, seen.mode) {

@@ -6,7 +6,8 @@ use std::{pin::Pin, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::{Stream, stream};
-use tonic::{Request, Response, Status, Streaming};
+use prost::Message as _;
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use self::streams::{AckWriter, ControlWriter, read_control, read_output};
 use super::{
@@ -50,6 +51,7 @@ impl runner_service_server::RunnerService for Service {
         let hello = convert::first_message(self.first(&mut messages).await?)?;
         let link = Link::default();
         let attached = Attached::Stream(link.clone());
+        self.0.take_over(&namespace, &hello).await?;
         let (key, welcome) = self.0.hello(&namespace, hello, attached)?;
         let welcome = self.0.unnumbered(key, convert::welcome(&welcome, self.0.limits()));
         let writer = ControlWriter::new(self.0.clone(), key, link.clone(), welcome)?;
@@ -100,6 +102,7 @@ impl runner_service_server::RunnerService for Service {
             Some(first) => {
                 let hello = convert::first_message(first)?;
                 let attached = Attached::Poll(link.clone());
+                self.0.take_over(&namespace, &hello).await?;
                 let (key, welcome) = self.0.hello(&namespace, hello, attached)?;
                 let welcome = convert::welcome(&welcome, self.0.limits());
                 answers.push(self.0.unnumbered(key, welcome));
@@ -174,15 +177,13 @@ impl runner_service_server::RunnerService for Service {
                     Error::invalid("page_token", "must come from the previous page")
                 })?),
             };
-        let mut seen = self.0.list(&namespace, after.as_deref(), size + 1);
+        let mut seen = self.0.list_all(&namespace, after.as_deref(), size + 1).await?;
         let more = seen.len() > size;
         seen.truncate(size);
         let last = seen.last().filter(|_| more);
-        let next_page_token = last
-            .map(|last| URL_SAFE_NO_PAD.encode(last.profile.runner.as_str()))
-            .unwrap_or_default();
-        let runners = seen.iter().map(commands::runner).collect();
-        Ok(Response::new(pb::ListRunnersResponse { runners, next_page_token }))
+        let next_page_token =
+            last.map(|last| URL_SAFE_NO_PAD.encode(&last.runner_id)).unwrap_or_default();
+        Ok(Response::new(pb::ListRunnersResponse { runners: seen, next_page_token }))
     }
 
     async fn get_runner(
@@ -191,7 +192,7 @@ impl runner_service_server::RunnerService for Service {
     ) -> Result<Response<pb::Runner>, Status> {
         let namespace = principal(&request)?.namespace;
         let runner = RunnerId::from(request.into_inner().runner_id);
-        Ok(Response::new(commands::runner(&self.0.get(&namespace, &runner)?)))
+        Ok(Response::new(self.0.get_any(&namespace, &runner).await?))
     }
 
     async fn drain_runner(
@@ -202,11 +203,19 @@ impl runner_service_server::RunnerService for Service {
         caller.require(Scope::Admin)?;
         if request.get_ref().wait {
             // The runner may have left by now, as it was asked to.
-            self.obey(request, commands::drain).await?;
-        } else {
-            let order = commands::drain(request.into_inner())?;
+            self.obey("drain", request, commands::drain).await?;
+            return Ok(Response::new(()));
+        }
+        let request = request.into_inner();
+        let asked = ("drain", request.encode_to_vec());
+        let order = commands::drain(request)?;
+        let namespace = &caller.namespace;
+        let elsewhere = self.0.order_elsewhere(namespace, &order.runner, asked, Duration::ZERO);
+        match elsewhere.await? {
             // Its answer is shown to who asks for the runner.
-            drop(self.0.send_order(&caller.namespace, order)?);
+            None => drop(self.0.send_order(namespace, order)?),
+            Some(status) if status.code == 0 => {}
+            Some(status) => return Err(told(&status)),
         }
         Ok(Response::new(()))
     }
@@ -215,53 +224,54 @@ impl runner_service_server::RunnerService for Service {
         &self,
         request: Request<pb::PauseRunnerRequest>,
     ) -> Result<Response<pb::Runner>, Status> {
-        self.order(request, commands::pause).await
+        self.order("pause", request, commands::pause).await
     }
 
     async fn resume_runner(
         &self,
         request: Request<pb::ResumeRunnerRequest>,
     ) -> Result<Response<pb::Runner>, Status> {
-        self.order(request, commands::resume).await
+        self.order("resume", request, commands::resume).await
     }
 
     async fn apply_model(
         &self,
         request: Request<pb::ApplyModelRequest>,
     ) -> Result<Response<pb::Runner>, Status> {
-        self.order(request, commands::apply).await
+        self.order("apply", request, commands::apply).await
     }
 
     async fn reload_runner(
         &self,
         request: Request<pb::ReloadRunnerRequest>,
     ) -> Result<Response<pb::Runner>, Status> {
-        self.order(request, commands::reload).await
+        self.order("reload", request, commands::reload).await
     }
 
     async fn tune_runner(
         &self,
         request: Request<pb::TuneRunnerRequest>,
     ) -> Result<Response<pb::Runner>, Status> {
-        self.order(request, commands::tune).await
+        self.order("tune", request, commands::tune).await
     }
 }
 
 impl Service {
     /// Gives an order, waits for the runner's answer and shows the runner.
-    async fn order<T>(
+    async fn order<T: prost::Message + Clone>(
         &self,
+        kind: &str,
         request: Request<T>,
         parse: fn(T) -> Result<Order, Error>,
     ) -> Result<Response<pb::Runner>, Status> {
-        let (namespace, runner) = self.obey(request, parse).await?;
-        let seen = self.0.get(&namespace, &runner)?;
-        Ok(Response::new(commands::runner(&seen)))
+        let (namespace, runner) = self.obey(kind, request, parse).await?;
+        Ok(Response::new(self.0.get_any(&namespace, &runner).await?))
     }
 
     /// Gives an order and waits for the runner's answer as long as the call may last.
-    async fn obey<T>(
+    async fn obey<T: prost::Message + Clone>(
         &self,
+        kind: &str,
         request: Request<T>,
         parse: fn(T) -> Result<Order, Error>,
     ) -> Result<(Namespace, RunnerId), Status> {
@@ -269,9 +279,15 @@ impl Service {
         caller.require(Scope::Admin)?;
         let given = request.extensions().get::<CallTimeout>().map(|timeout| timeout.0);
         let wait = given.unwrap_or(MAX_COMMAND_WAIT).min(MAX_COMMAND_WAIT);
-        let order = parse(request.into_inner())?;
+        let request = request.into_inner();
+        let order = parse(request.clone())?;
         let runner = order.runner.clone();
-        self.0.order(&caller.namespace, order, wait).await?;
+        let asked = (kind, request.encode_to_vec());
+        match self.0.order_elsewhere(&caller.namespace, &runner, asked, wait).await? {
+            None => self.0.order(&caller.namespace, order, wait).await?,
+            Some(status) if status.code == 0 => {}
+            Some(status) => return Err(told(&status)),
+        }
         Ok((caller.namespace, runner))
     }
 
@@ -290,6 +306,12 @@ impl Service {
             .into()),
         }
     }
+}
+
+/// The refusal of another server, as it was told.
+fn told(status: &pb::google::rpc::Status) -> Status {
+    let details = status.encode_to_vec().into();
+    Status::with_details(Code::from_i32(status.code), status.message.as_str(), details)
 }
 
 fn page_name(token: &str) -> Option<String> {

@@ -14,7 +14,8 @@ use crate::{
     db::Db,
     error::{Error, Result},
     events::Tail,
-    id::{Entropy, Namespace, TaskId},
+    id::{Entropy, InstanceId, Namespace, TaskId},
+    instances::{Standing, hints::Hints},
     keys::Signer,
     pb::{self, RunnerEvent, connect_response::Body, runner_event},
     queue::{self, Queue, SupplyKey},
@@ -73,13 +74,26 @@ impl World {
         queue: Queue,
         supervisor: Supervisor,
     ) -> Self {
-        Self::assemble(dir, clock, queue, supervisor, Starts::Accepting).await
+        let alone = (Standing::alone(clock.clone()), Hints::default());
+        Self::assemble(dir, clock, queue, supervisor, Starts::Accepting, alone).await
     }
 
     async fn open(dir: Arc<tempfile::TempDir>, starts: Starts) -> Self {
         let clock = Clock::manual();
         let queue = Queue::new(queue::Limits::default(), clock.clone());
-        Self::assemble(dir, clock, queue, Supervisor::new(), starts).await
+        let standing = Standing::alone(clock.clone());
+        let alone = (standing, Hints::default());
+        Self::assemble(dir, clock, queue, Supervisor::new(), starts, alone).await
+    }
+
+    /// One server's inside among others on the database of a directory, in real time.
+    pub async fn beside(dir: Arc<tempfile::TempDir>, hints: Hints) -> Self {
+        let clock = Clock::system();
+        let id = InstanceId::new(clock.now(), &Entropy::system());
+        let standing = Standing::among(id, Duration::from_secs(15), clock.clone());
+        let queue = Queue::new(queue::Limits::default(), clock.clone());
+        let among = (standing, hints);
+        Self::assemble(dir, clock, queue, Supervisor::new(), Starts::Asked, among).await
     }
 
     async fn assemble(
@@ -88,17 +102,20 @@ impl World {
         queue: Queue,
         supervisor: Supervisor,
         starts: Starts,
+        (standing, hints): (Standing, Hints),
     ) -> Self {
         let parts = Parts {
             db: crate::db::testing::open(dir.path()).await,
             blobs: crate::blob::Blobs::open(dir.path().join("transcripts")).await.unwrap(),
             queue,
             clock: clock.clone(),
-            entropy: Entropy::seeded(7),
+            entropy: Entropy::system(),
             relay: Relay::new(Limits::default()),
             timers: Timers::default(),
             tail: Tail::default(),
             metrics: Metrics::new(),
+            standing,
+            hints,
         };
         let (ledger, mut writer) = ledger::new(parts.clone());
         let store_down = Arc::new(AtomicBool::new(false));
@@ -234,6 +251,9 @@ fn ports(ledger: &Ledger, db: &Db, down: &Arc<AtomicBool>, metrics: &Metrics) ->
         }),
         token: Arc::new(|task| format!("token-{}", task.id)),
         receipts: Signer::new(&[7; 32], Clock::manual()).receipts(),
+        resume: None,
+        roster: None,
+        standing: Standing::alone(Clock::manual()),
         metrics: metrics.clone(),
     }
 }

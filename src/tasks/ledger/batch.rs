@@ -1,29 +1,28 @@
 //! One transaction's worth of commands: loaded, applied in memory, saved.
 
 use std::{
-    cmp::Reverse,
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
 use super::{
-    Answer, Ask, Command, NewTask, OpenTasks, Parts, Start, Submitted,
-    effect::{Effect, attempt_of, cause_of, count_usage},
+    Answer, Ask, Command, NewTask, Parts, Start, Submitted,
+    effect::{Effect, attempt_of, cause_of, count_usage, is_holders},
     refused::{lease_lost, refused},
 };
 use crate::{
     clock::Micros,
-    db::{Script, Tx},
     error::{Error, Kind, Reason, Result},
-    events::store::{self as events, NewEvent},
+    events::store::NewEvent,
     faults::{self, Fault},
     id::{Namespace, TaskId},
+    instances::{Mandate, Standing},
     queue::Match,
     relay::{Log, SegmentData},
     tasks::{
         convert,
         model::{State, Task},
-        state::{self, Entry, Event, Head},
+        state::{self, Entry, Event, Head, Rejected},
         store::{self, Request, SegmentRow},
     },
 };
@@ -32,11 +31,13 @@ use crate::{
 type FrozenLog = (Arc<Log>, Option<SegmentData>);
 
 /// A row in the making.
-struct Row {
-    task: Arc<Task>,
+pub(super) struct Row {
+    pub(super) task: Arc<Task>,
     /// Revision in the database; `None` for a row to insert.
-    stored: Option<u64>,
-    deleted: bool,
+    pub(super) stored: Option<u64>,
+    /// Whether it was at hand, and may be behind the database where other servers write.
+    pub(super) at_hand: bool,
+    pub(super) deleted: bool,
 }
 
 /// Commands and what becomes of them. Dropped before it is published, it thaws what it froze.
@@ -48,18 +49,28 @@ pub(super) struct Batch {
     pub(super) matches: Vec<Match>,
     /// Frames by task, in order.
     pub(super) frames: HashMap<TaskId, Vec<(u64, bytes::Bytes)>>,
-    rows: HashMap<TaskId, Row>,
-    known: HashMap<(Namespace, String), Request>,
-    events: Vec<NewEvent>,
-    segments: Vec<SegmentRow>,
-    requests: Vec<Request>,
+    /// The sequences that these frames follow, where other servers add some too; 0 where unset.
+    pub(super) after: HashMap<TaskId, u64>,
+    pub(super) rows: HashMap<TaskId, Row>,
+    pub(super) known: HashMap<(Namespace, String), Request>,
+    pub(super) events: Vec<NewEvent>,
+    pub(super) segments: Vec<SegmentRow>,
+    pub(super) requests: Vec<Request>,
     /// Requests in whose place others are remembered.
-    replaced: Vec<Request>,
+    pub(super) replaced: Vec<Request>,
     /// The retry of each ended task.
-    retries: HashMap<TaskId, TaskId>,
+    pub(super) retries: HashMap<TaskId, TaskId>,
     /// Tasks whose segments are written without a move of theirs.
-    recorded: HashSet<TaskId>,
+    pub(super) recorded: HashSet<TaskId>,
     frozen: Vec<(Arc<Log>, u32)>,
+    /// Highest sequences on stable storage of attempts that other servers hold.
+    pub(super) durable: HashMap<TaskId, u64>,
+    /// Locks that commands rely on.
+    pub(super) mandates: BTreeSet<Mandate>,
+    /// Attempts of other servers that end, with the last sequence that storage has of each.
+    pub(super) elsewhere: HashMap<TaskId, u64>,
+    /// Whether something was refused because of a row that was at hand.
+    doubtful: bool,
 }
 
 impl Batch {
@@ -70,6 +81,7 @@ impl Batch {
             effects: Vec::new(),
             matches: Vec::new(),
             frames: HashMap::new(),
+            after: HashMap::new(),
             rows: HashMap::new(),
             known: HashMap::new(),
             events: Vec::new(),
@@ -79,6 +91,10 @@ impl Batch {
             retries: HashMap::new(),
             recorded: HashSet::new(),
             frozen: Vec::new(),
+            durable: HashMap::new(),
+            mandates: BTreeSet::new(),
+            elsewhere: HashMap::new(),
+            doubtful: false,
         }
     }
 
@@ -112,63 +128,6 @@ impl Batch {
         self.frozen.clear();
     }
 
-    /// Reads what the commands are about: from `open`, else from the database.
-    pub(super) async fn load(&mut self, tx: &mut Tx, open: &OpenTasks) -> Result<()> {
-        let keys: Vec<(&str, &str)> = self
-            .commands
-            .iter()
-            .filter_map(|command| match &command.ask {
-                Ask::Submit(new) => Some((new.namespace.as_str(), new.request_id.as_deref()?)),
-                _ => None,
-            })
-            .collect();
-        let known = store::find_requests(tx, &keys).await?;
-        let mut wanted: HashSet<TaskId> = known.iter().map(|request| request.task).collect();
-        for command in &self.commands {
-            match &command.ask {
-                Ask::Submit(new) => wanted.extend(new.retry_of),
-                Ask::Apply(id, _) | Ask::Delete(_, id) => {
-                    wanted.insert(*id);
-                }
-                Ask::Record(segments) => wanted.extend(segments.iter().map(|s| s.task)),
-            }
-        }
-        self.load_rows(tx, open, wanted).await?;
-        self.known = known
-            .into_iter()
-            .map(|request| ((request.namespace.clone(), request.request_id.clone()), request))
-            .collect();
-        Ok(())
-    }
-
-    /// Reads rows that the batch does not have yet; unknown ids stay absent.
-    pub(super) async fn load_rows(
-        &mut self,
-        tx: &mut Tx,
-        open: &OpenTasks,
-        ids: impl IntoIterator<Item = TaskId>,
-    ) -> Result<()> {
-        let mut missing = Vec::new();
-        for id in ids {
-            if self.rows.contains_key(&id) {
-                continue;
-            }
-            match open.get(id) {
-                Some(task) => self.put(task),
-                None => missing.push(id),
-            }
-        }
-        for task in store::load(tx, &missing).await? {
-            self.put(Arc::new(task));
-        }
-        Ok(())
-    }
-
-    fn put(&mut self, task: Arc<Task>) {
-        let stored = Some(task.revision);
-        self.rows.insert(task.id, Row { task, stored, deleted: false });
-    }
-
     /// Applies the commands in order.
     pub(super) fn apply(&mut self, parts: &Parts) {
         let now = parts.clock.now();
@@ -176,13 +135,26 @@ impl Batch {
         for command in &commands {
             let answer = match &command.ask {
                 Ask::Submit(new) => self.submit(new, parts, now),
+                // Its server watches the time of an attempt.
+                Ask::Apply(id, event @ Event::Expire(_)) if self.runs_elsewhere(*id, parts) => {
+                    self.rows.get(id).map_or_else(
+                        || Err(Error::not_found("task", id)),
+                        |row| Err(refused(&row.task, Rejected::NotDue, attempt_of(event))),
+                    )
+                }
                 Ask::Apply(id, event) => self.event(*id, event, parts, now),
+                Ask::ApplyFor(id, event, mandate) => {
+                    self.mandates.insert(mandate.clone());
+                    self.event(*id, event, parts, now)
+                }
                 Ask::Record(segments) => {
-                    self.record(segments, now);
+                    self.record(segments, &parts.standing, now);
                     Ok(Answer::Done)
                 }
                 Ask::Delete(namespace, id) => self.delete(namespace, *id),
             };
+            // What is refused writes nothing that would be refused in turn.
+            self.doubtful |= answer.is_err() && self.is_at_hand(command);
             self.answers.push(answer);
         }
         self.commands = commands;
@@ -245,7 +217,10 @@ impl Batch {
         }
         let (sequence, entry) = state::first_entry(&task);
         self.entry(&task, sequence, &entry, now);
-        self.rows.insert(task.id, Row { task: task.clone(), stored: None, deleted: false });
+        self.rows.insert(
+            task.id,
+            Row { task: task.clone(), stored: None, at_hand: false, deleted: false },
+        );
         self.effects.push(Effect::Accepted(task.clone()));
         Ok(Answer::Submitted(Submitted { task, new: true }))
     }
@@ -260,7 +235,7 @@ impl Batch {
 
     /// Starts an attempt beside what the commands ask for.
     pub(super) fn start(&mut self, start: Start, parts: &Parts, now: Micros) -> Result<()> {
-        let (id, event) = start.into_event();
+        let (id, event) = start.into_event(parts.standing.id());
         self.event(id, &event, parts, now).map(drop)
     }
 
@@ -284,11 +259,12 @@ impl Batch {
             });
         };
         if let Some(attempt) = attempt_of(event)
-            && state::check_lease(&was, attempt).is_err()
+            && (state::check_lease(&was, attempt).is_err()
+                || is_holders(event) && is_elsewhere(&was, &parts.standing))
         {
             return Err(lease_lost(id, attempt));
         }
-        let (head, frozen) = Self::head(&was, parts);
+        let (head, frozen) = self.head(&was, event, parts);
         let change = match state::apply(&was, event, now, head, parts.entropy.unit()) {
             Ok(change) => change,
             Err(rejected) => {
@@ -304,8 +280,14 @@ impl Batch {
             }
             self.frozen.push((log, was.attempt));
         }
+        if self.runs_elsewhere(id, parts) && change.task.state != State::Running {
+            self.elsewhere.insert(id, self.durable.get(&id).copied().unwrap_or(0));
+        }
+        if parts.standing.id().is_some() {
+            self.after.entry(id).or_insert(head.head);
+        }
         let mut task = change.task;
-        count_usage(&was, &mut task, event, now);
+        count_usage(&was, &mut task, now);
         let task = Arc::new(task);
         for (sequence, entry) in &change.entries {
             self.entry(&task, *sequence, entry, now);
@@ -315,6 +297,7 @@ impl Batch {
         }
         let cause = cause_of(event);
         self.effects.push(match task.state {
+            State::Running if was.state == State::Running => Effect::Kept(task.clone()),
             State::Running => Effect::Started { was, now: task.clone() },
             State::Queued => Effect::Requeued { was, now: task.clone(), cause },
             _ => Effect::Ended { was, now: task.clone(), cause },
@@ -322,11 +305,35 @@ impl Batch {
         Ok(Answer::Applied(task))
     }
 
+    /// Whether it was decided from rows at hand, where other servers write too.
+    pub(super) fn is_doubtful(&self, standing: &Standing) -> bool {
+        self.doubtful && standing.id().is_some()
+    }
+
+    fn is_at_hand(&self, command: &Command) -> bool {
+        let (Ask::Apply(id, _) | Ask::ApplyFor(id, ..) | Ask::Delete(_, id)) = &command.ask else {
+            return false;
+        };
+        self.rows.get(id).is_some_and(|row| row.at_hand)
+    }
+
+    /// Whether the task runs and another server holds its runner.
+    fn runs_elsewhere(&self, id: TaskId, parts: &Parts) -> bool {
+        self.rows.get(&id).is_some_and(|row| {
+            row.task.state == State::Running && is_elsewhere(&row.task, &parts.standing)
+        })
+    }
+
     /// Sequences in use. A live attempt's log is frozen, so that none is added meanwhile.
-    fn head(task: &Task, parts: &Parts) -> (Head, Option<FrozenLog>) {
+    fn head(&self, task: &Task, event: &Event, parts: &Parts) -> (Head, Option<FrozenLog>) {
         let base = task.last_sequence;
-        if task.state != State::Running {
+        if task.state != State::Running || matches!(event, Event::Resume { .. }) {
             return (Head { head: base, in_doubt: None }, None);
+        }
+        if is_elsewhere(task, &parts.standing) {
+            // Its server may have shown more than it stored.
+            let head = self.durable.get(&task.id).copied().unwrap_or(0).max(base);
+            return (Head { head, in_doubt: Some(task.reserved_sequence) }, None);
         }
         let Some(log) = parts.relay.find(task.id) else {
             // A running attempt always has a log; without one nobody knows what was shown.
@@ -351,10 +358,14 @@ impl Batch {
     }
 
     /// Keeps the segments of attempts that still run.
-    fn record(&mut self, segments: &[SegmentData], now: Micros) {
+    fn record(&mut self, segments: &[SegmentData], standing: &Standing, now: Micros) {
         for segment in segments {
             let Some(row) = self.rows.get_mut(&segment.task) else { continue };
-            if row.task.state != State::Running || row.task.attempt != segment.attempt {
+            let task = &row.task;
+            if task.state != State::Running
+                || task.attempt != segment.attempt
+                || is_elsewhere(task, standing)
+            {
                 continue;
             }
             let namespace = row.task.namespace.clone();
@@ -364,7 +375,7 @@ impl Batch {
                 let task = Task::clone(&row.task);
                 let revision = task.revision + 1;
                 row.task = Arc::new(Task { reserved_sequence: reserved, revision, ..task });
-                self.effects.push(Effect::Reserved(row.task.clone()));
+                self.effects.push(Effect::Kept(row.task.clone()));
             }
             self.recorded.insert(segment.task);
             self.segment(segment, &namespace, now);
@@ -410,63 +421,15 @@ impl Batch {
         Ok(Answer::Done)
     }
 
-    /// What writes everything.
-    pub(super) fn script(&self, mut script: Script) -> Result<Script> {
-        let mut new = Vec::new();
-        let mut moved = Vec::new();
-        let mut relied = Vec::new();
-        let mut deleted = Vec::new();
-        let mut retries = Vec::new();
-        for (id, row) in &self.rows {
-            let Some(was) = row.stored else {
-                new.push(&*row.task);
-                continue;
-            };
-            let retry = self.retries.get(id);
-            if row.deleted {
-                deleted.push(*id);
-            } else if was != row.task.revision {
-                moved.push((was, &*row.task));
-            }
-            retries.extend(retry.map(|new| (*id, was, *new)));
-            if row.deleted || was == row.task.revision && self.recorded.contains(id) {
-                relied.push((*id, was));
-            }
-        }
-        // Ids ascend with creation, and so do the pages of the index; and transactions that
-        // lock in the same order do not wait for each other in a circle.
-        new.sort_unstable_by_key(|task| task.id);
-        moved.sort_unstable_by_key(|(_, task)| task.id);
-        relied.sort_unstable();
-        // The longest of those that begin at the same place.
-        let mut segments: Vec<_> = self.segments.iter().collect();
-        segments.sort_by_key(|segment| (segment.task, segment.first, Reverse(segment.last)));
-        segments.dedup_by_key(|segment| (segment.task, segment.first));
-        store::fence(&mut script, &relied)?;
-        store::insert(&mut script, &new)?;
-        store::update(&mut script, &moved)?;
-        store::link_retries(&mut script, &retries)?;
-        store::remove_requests(&mut script, &self.replaced)?;
-        store::insert_requests(&mut script, &self.requests)?;
-        store::insert_segments(&mut script, &segments)?;
-        events::append(&mut script, &self.events)?;
-        store::delete(&mut script, &deleted)?;
-        Ok(script)
-    }
-
-    /// Whether a transaction of this batch took place. It did as a whole or not at all, and every
-    /// command that must not be done twice appends an entry.
-    pub(super) async fn is_stored(&self, tx: &mut Tx) -> Result<bool> {
-        match self.events.first() {
-            Some(event) => events::is_stored(tx, event).await,
-            None => Ok(false),
-        }
-    }
-
     /// The tasks that it read.
     pub(super) fn ids(&self) -> impl Iterator<Item = TaskId> {
         self.rows.keys().copied()
     }
+}
+
+/// Whether another server holds the runner of a running task.
+pub(super) fn is_elsewhere(task: &Task, standing: &Standing) -> bool {
+    standing.id().is_some_and(|me| task.instance != Some(me))
 }
 
 impl Drop for Batch {

@@ -18,11 +18,13 @@
 
 mod batch;
 mod effect;
+mod load;
 mod open;
 mod publish;
 mod refused;
 #[cfg(test)]
 mod rivals;
+mod script;
 mod starts;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -45,7 +47,8 @@ use crate::{
     error::{Error, Reason, Result},
     events::Tail,
     faults::{self, Fault},
-    id::{Entropy, Namespace, RunnerId, TaskId},
+    id::{Entropy, InstanceId, Namespace, RunnerId, TaskId},
+    instances::{Mandate, Standing, hints::Hints},
     queue::Queue,
     relay::{Relay, SegmentData},
     telemetry::Metrics,
@@ -101,6 +104,7 @@ impl NewTask {
             end_time: None,
             not_before: self.not_before,
             runner: None,
+            instance: None,
             base_sequence: 0,
             last_sequence: 1,
             reserved_sequence: 1,
@@ -141,10 +145,23 @@ pub struct Start {
 }
 
 impl Start {
-    fn into_event(self) -> (TaskId, state::Event) {
+    fn into_event(self, instance: Option<InstanceId>) -> (TaskId, state::Event) {
         let Self { task, runner, node, engine, engine_version } = self;
-        (task, state::Event::Start { runner, node, engine, engine_version })
+        (task, state::Event::Start { runner, node, engine, engine_version, instance })
     }
+}
+
+/// An attempt that a runner says it holds.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// Task.
+    pub task: TaskId,
+    /// Attempt.
+    pub attempt: u32,
+    /// The runner.
+    pub runner: RunnerId,
+    /// The only namespace that it serves; `None` when it serves all.
+    pub serves: Option<Namespace>,
 }
 
 /// What a command asks for.
@@ -152,6 +169,8 @@ impl Start {
 enum Ask {
     Submit(Box<NewTask>),
     Apply(TaskId, state::Event),
+    /// As `Apply`, by whoever holds a lock.
+    ApplyFor(TaskId, state::Event, Mandate),
     Record(Vec<SegmentData>),
     Delete(Namespace, TaskId),
 }
@@ -176,6 +195,7 @@ pub struct Ledger {
     commands: mpsc::Sender<Command>,
     /// Rows that readers may be given: none where other servers write too.
     readable: Option<OpenTasks>,
+    instance: Option<InstanceId>,
 }
 
 /// What the loop works with.
@@ -199,6 +219,10 @@ pub struct Parts {
     pub tail: Tail,
     /// Figures.
     pub metrics: Metrics,
+    /// This server among others.
+    pub standing: Standing,
+    /// What it tells them.
+    pub hints: Hints,
 }
 
 /// The loop's own end.
@@ -216,7 +240,11 @@ pub fn new(parts: Parts) -> (Ledger, Writer) {
     let open = OpenTasks::default();
     let alone = parts.db.engine() == Engine::Sqlite;
     (
-        Ledger { commands: sender, readable: alone.then(|| open.clone()) },
+        Ledger {
+            commands: sender,
+            readable: alone.then(|| open.clone()),
+            instance: parts.standing.id(),
+        },
         Writer { commands, parts, open, starter: None },
     )
 }
@@ -241,7 +269,7 @@ impl Ledger {
     /// Starts attempts; each has its own outcome. Refused when the task does not wait any more.
     pub async fn start(&self, starts: Vec<Start>) -> Vec<Result<Arc<Task>>> {
         let asks = starts.into_iter().map(|start| {
-            let (task, event) = start.into_event();
+            let (task, event) = start.into_event(self.instance);
             Ask::Apply(task, event)
         });
         self.ask_all(asks, applied).await
@@ -252,6 +280,40 @@ impl Ledger {
     pub async fn apply(&self, id: TaskId, event: state::Event) -> Result<Arc<Task>> {
         let mut answers = self.ask_all([Ask::Apply(id, event)], applied).await;
         answers.pop().unwrap_or_else(|| Err(lost()))
+    }
+
+    /// As [`apply`](Self::apply) to many tasks, in the name of a lock: nothing is done once another
+    /// server has it. Each has its own outcome.
+    pub async fn apply_for(
+        &self,
+        mandate: &Mandate,
+        events: Vec<(TaskId, state::Event)>,
+    ) -> Vec<Result<Arc<Task>>> {
+        let asks =
+            events.into_iter().map(|(task, event)| Ask::ApplyFor(task, event, mandate.clone()));
+        self.ask_all(asks, applied).await
+    }
+
+    /// Takes over attempts whose runner has come back to this server; those that it may go on
+    /// with are returned. Their logs are not there yet.
+    ///
+    /// # Errors
+    /// When storage fails, so that nothing is known.
+    pub async fn resume(&self, claims: Vec<Claim>) -> Result<Vec<Arc<Task>>> {
+        let Some(instance) = self.instance else { return Ok(Vec::new()) };
+        let asks = claims.into_iter().map(|claim| {
+            let Claim { task, attempt, runner, serves } = claim;
+            Ask::Apply(task, state::Event::Resume { attempt, runner, serves, instance })
+        });
+        let mut resumed = Vec::new();
+        for answer in self.ask_all(asks, applied).await {
+            match answer {
+                Ok(task) => resumed.push(task),
+                Err(error) if error.reason() == Reason::LeaseLost => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(resumed)
     }
 
     /// Keeps runner-made entries and reservations of running attempts. What belongs to an
@@ -367,8 +429,11 @@ impl Writer {
         let db = self.parts.db.clone();
         let mut write = db.prepare().await?;
         let script = async {
-            batch.load(write.tx(), &self.open).await?;
+            batch.load(write.tx(), &self.open, &self.parts.standing).await?;
             batch.apply(&self.parts);
+            if batch.is_doubtful(&self.parts.standing) {
+                return Err(refused::stale());
+            }
             self.start_accepted(batch, write.tx()).await?;
             if faults::planted(Fault::AckBeforeCommit) {
                 publish::answer(batch);

@@ -10,7 +10,8 @@ use super::{
     effect::{Cause, Effect},
 };
 use crate::{
-    error::Reason,
+    error::{Reason, reason_name},
+    instances::hints::{Hint, To},
     queue::{Entry, Revocation},
     tasks::model::{State, Task},
     telemetry::{OutcomeLabel, StateLabel},
@@ -28,12 +29,16 @@ impl Writer {
                     self.parts.queue.accepted(task.id);
                     self.open.keep(task);
                 }
-                Effect::Reserved(task) => self.open.keep(task),
+                Effect::Kept(task) => self.open.keep(task),
                 Effect::Started { was, now } => {
                     let ready = was.not_before.unwrap_or(was.create_time);
                     let waited = now.start_time.unwrap_or(ready).since(ready);
                     self.parts.queue.started(&now.namespace, &now.spec.model, now.id);
                     self.parts.metrics.attempts.inc();
+                    if self.parts.standing.id().is_some() {
+                        // Another may have accepted it; from now on this one watches its time.
+                        self.parts.timers.watch(&now);
+                    }
                     if now.attempt == 1 {
                         self.parts.metrics.wait_seconds.observe(waited.as_secs_f64());
                     }
@@ -62,21 +67,33 @@ impl Writer {
             }
         }
         let rang = !batch.frames.is_empty();
+        let moved: Vec<_> = if self.parts.hints.are_carried() {
+            batch.frames.keys().copied().collect()
+        } else {
+            Vec::new()
+        };
         for (id, frames) in std::mem::take(&mut batch.frames) {
             if let Some(task) = batch.task(id) {
-                self.publish_frames(task, &frames);
+                let after = batch.after.get(&id).copied().unwrap_or(0);
+                self.publish_frames(task, after, &frames);
             }
         }
         self.assign_started(&mut batch);
         if rang {
             self.parts.tail.ring();
+            self.parts.hints.committed(moved.into_iter());
         }
         answer(&mut batch);
     }
 
     /// Shows what was committed to readers. A running attempt takes the runner's events from
     /// then on.
-    fn publish_frames(&self, task: &Task, frames: &[(u64, Bytes)]) {
+    fn publish_frames(&self, task: &Task, after: u64, frames: &[(u64, Bytes)]) {
+        if self.parts.standing.id().is_some()
+            && let Some(log) = self.parts.relay.find(task.id)
+        {
+            log.catch_up(after);
+        }
         if task.state == State::Running {
             let log = self.parts.relay.open(task.id);
             log.publish(frames, false);
@@ -102,6 +119,12 @@ impl Writer {
         if let Cause::Other(reason) = cause {
             let detail = now.error.as_ref().map(|error| error.message.clone()).unwrap_or_default();
             let (task, attempt) = (now.id, was.attempt);
+            if let Some(holder) = was.instance.filter(|_| was.instance != self.parts.standing.id())
+            {
+                let (reason, detail) = (reason_name(reason).to_owned(), detail.clone());
+                let ended = Hint::Ended { task, attempt, reason, detail };
+                self.parts.hints.tell(To::One(holder), ended);
+            }
             self.parts.queue.revoke(Revocation { task, attempt, reason, detail });
         }
     }

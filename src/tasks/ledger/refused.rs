@@ -17,6 +17,11 @@ pub fn lease_lost(id: TaskId, attempt: u32) -> Error {
     .with("attempt", attempt)
 }
 
+/// Rows that were at hand may be behind the database.
+pub(super) fn stale() -> Error {
+    Error::new(Kind::Aborted, Reason::Conflict, "it may have changed meanwhile; looking again")
+}
+
 pub(super) fn refused(task: &Task, rejected: Rejected, attempt: Option<u32>) -> Error {
     let conflict = |message: String| Error::state_conflict("task", task.id, task.state, message);
     match rejected {

@@ -33,8 +33,16 @@ impl Bench {
     }
 
     async fn on(dir: Arc<tempfile::TempDir>, clock: Clock) -> Self {
+        let db = crate::db::testing::open(dir.path()).await;
+        let standing = match db.engine() {
+            Engine::Sqlite => Standing::alone(clock.clone()),
+            Engine::Postgres => {
+                let id = InstanceId::new(clock.now(), &Entropy::system());
+                Standing::among(id, Duration::from_secs(15), clock.clone())
+            }
+        };
         let parts = Parts {
-            db: crate::db::testing::open(dir.path()).await,
+            db,
             blobs: Blobs::open(dir.path().join("transcripts")).await.unwrap(),
             queue: Queue::new(queue::Limits::default(), clock.clone()),
             clock,
@@ -43,6 +51,8 @@ impl Bench {
             timers: Timers::default(),
             tail: Tail::default(),
             metrics: Metrics::new(),
+            standing,
+            hints: Default::default(),
         };
         let (ledger, writer) = new(parts.clone());
         #[expect(clippy::disallowed_methods, reason = "the test's runtime ends it")]
@@ -309,6 +319,7 @@ async fn ten_thousand_tasks_whose_ends_race_have_one_end_each() {
                 node: String::new(),
                 engine: String::new(),
                 engine_version: String::new(),
+                instance: bench.parts.standing.id(),
             };
             let other = if i % 2 == 0 { Event::Expire(Limit::Deadline) } else { again };
             racers.spawn(async move { (task.id, race(bench, task, i % 5, other).await) });

@@ -5,7 +5,7 @@
 //!  QUEUED ----------> RUNNING ----------------------> SUCCEEDED
 //!    ^                   |  Finish(failure), TimeOut
 //!    |  retry, Lose,     +-------------------------> FAILED | DEAD_LETTERED
-//!    +--- hand-back -----+
+//!    +--- hand-back -----+  Orphan: as Lose; Resume: another server holds it
 //!  QUEUED, RUNNING -- Cancel --> CANCELLED      -- Expire --> EXPIRED
 //!  QUEUED -- Evict --> FAILED
 //! ```
@@ -20,7 +20,7 @@ use crate::{
     clock::Micros,
     error::{Reason, reason_name},
     faults::{self, Fault},
-    id::RunnerId,
+    id::{InstanceId, Namespace, RunnerId},
 };
 
 /// Attempts that may be lost with their runners before the task counts as poison.
@@ -45,6 +45,28 @@ pub enum Event {
         engine: String,
         /// Version of the engine.
         engine_version: String,
+        /// Server that the runner is connected to; `None` where there is one server only.
+        instance: Option<InstanceId>,
+    },
+    /// The runner came back with the attempt, to this server or another.
+    Resume {
+        /// Attempt.
+        attempt: u32,
+        /// Runner, which must be the one that got the lease.
+        runner: RunnerId,
+        /// The only namespace that the runner serves; `None` when it serves all.
+        serves: Option<Namespace>,
+        /// Server that it is connected to now.
+        instance: InstanceId,
+    },
+    /// The server that held the runner's session is dead, and the runner came back to no other.
+    Orphan {
+        /// Attempt.
+        attempt: u32,
+        /// That server.
+        instance: Option<InstanceId>,
+        /// For people.
+        reason: String,
     },
     /// The runner ended the attempt.
     Finish {
@@ -186,7 +208,7 @@ pub fn apply(
 ) -> Result<Change, Rejected> {
     let mut next = Next::new(task, now, head);
     match event {
-        Event::Start { runner, node, engine, engine_version } => {
+        Event::Start { runner, node, engine, engine_version, instance } => {
             if task.state != State::Queued {
                 return Err(if task.state == State::Running {
                     Rejected::NotQueued
@@ -201,6 +223,22 @@ pub fn apply(
                 return Err(Rejected::Ended);
             }
             next.start(runner, node, engine, engine_version);
+            next.task.instance = *instance;
+        }
+        Event::Resume { attempt, runner, serves, instance } => {
+            check_lease(task, *attempt)?;
+            let serves = serves.as_ref().is_none_or(|serves| *serves == task.namespace);
+            if task.runner.as_ref() != Some(runner) || !serves {
+                return Err(Rejected::LeaseLost);
+            }
+            next.task.instance = Some(*instance);
+        }
+        Event::Orphan { attempt, instance, reason } => {
+            check_lease(task, *attempt)?;
+            if task.instance != *instance {
+                return Err(Rejected::LeaseLost);
+            }
+            next.lose(reason);
         }
         Event::Finish { attempt, outcome, usage } => {
             check_lease(task, *attempt)?;
@@ -402,12 +440,14 @@ impl Next {
     fn requeue(&mut self, previous: Failure, wait: Option<Duration>) {
         let not_before = wait.map(|wait| self.now + wait);
         self.task.state = State::Queued;
+        self.task.instance = None;
         self.task.not_before = not_before;
         self.append(Entry::Queued { not_before, previous: Some(previous) });
     }
 
     fn end(&mut self, state: State, result: Option<String>, error: Option<Failure>) {
         self.task.state = state;
+        self.task.instance = None;
         self.task.end_time = Some(self.now);
         self.task.not_before = None;
         self.task.result = result;

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    id::{Entropy, Namespace, TaskId},
+    id::{Entropy, InstanceId, Namespace, TaskId},
     tasks::model::{RetryPolicy, Spec},
 };
 
@@ -40,6 +40,7 @@ fn task(retry: RetryPolicy, deadline: Option<Micros>, start_timeout: Option<Dura
         end_time: None,
         not_before: None,
         runner: None,
+        instance: None,
         base_sequence: 0,
         last_sequence: 1,
         reserved_sequence: 1,
@@ -60,6 +61,7 @@ fn start() -> Event {
         node: "n".into(),
         engine: "e".into(),
         engine_version: "1".into(),
+        instance: None,
     }
 }
 
@@ -263,4 +265,37 @@ fn lost_runners_and_hand_backs_do_not_count_as_failures() {
         assert_eq!((task.state, task.not_before), (State::Queued, None));
         assert_eq!((task.failed, task.lost, task.handed_back), (0, n_lost, n_handed_back));
     }
+}
+
+#[test]
+fn a_runner_that_comes_back_elsewhere_takes_its_attempt_along_and_nobody_else_does() {
+    let (one, other) = (InstanceId(uuid::Uuid::from_u128(1)), InstanceId(uuid::Uuid::from_u128(2)));
+    let head = Head { head: 1, in_doubt: None };
+    let queued = task(RetryPolicy::default(), None, None);
+    let mut started = start();
+    if let Event::Start { instance, .. } = &mut started {
+        *instance = Some(one);
+    }
+    let running = apply(&queued, &started, Micros(2_000_000), head, 0.0).unwrap().task;
+    assert_eq!(running.instance, Some(one));
+    let head = Head { head: running.last_sequence, in_doubt: None };
+    let resume = |attempt, runner: &str, serves: Option<&str>| {
+        let (runner, serves) = (runner.into(), serves.map(Namespace::from));
+        let event = Event::Resume { attempt, runner, serves, instance: other };
+        apply(&running, &event, Micros(3_000_000), head, 0.0)
+    };
+    let moved = resume(1, "r", None).unwrap();
+    let wanted = Task { instance: Some(other), revision: running.revision + 1, ..running.clone() };
+    assert_eq!((&moved.task, moved.entries.len()), (&wanted, 0));
+    assert_eq!(resume(1, "r", Some("default")).unwrap().task, wanted);
+    for refused in [resume(2, "r", None), resume(1, "s", None), resume(1, "r", Some("else"))] {
+        assert_eq!(refused, Err(Rejected::LeaseLost));
+    }
+    let orphan = |task: &Task, instance| {
+        let event = Event::Orphan { attempt: 1, instance, reason: "gone".into() };
+        apply(task, &event, Micros(4_000_000), head, 0.0)
+    };
+    assert_eq!(orphan(&wanted, Some(one)), Err(Rejected::LeaseLost), "it has moved");
+    let lost = orphan(&running, Some(one)).unwrap().task;
+    assert_eq!((lost.state, lost.lost, lost.instance), (State::Queued, 1, None));
 }

@@ -23,7 +23,7 @@ macro_rules! columns {
          deadline, start_timeout, execution_timeout, retry, seed, session_id, request_id, \
          retry_of, retried_by, traceparent, create_time, state, revision, attempt, failed, lost, \
          handed_back, start_time, end_time, not_before, runner_id, base_sequence, last_sequence, \
-         reserved_sequence, result, error, usage"
+         reserved_sequence, result, error, usage, instance_id"
     };
 }
 pub(super) use columns;
@@ -74,6 +74,7 @@ impl FromRow for TaskRow {
             result: row.get(33)?,
             error: row.optional_json(34)?,
             usage: row.optional_json(35)?,
+            instance: row.get(36)?,
         }))
     }
 }
@@ -97,7 +98,7 @@ const TASK_COLUMNS: &[Type] = {
     &[
         Id, Text, Text, Text, Json, Json, Int, Json, Json, Int, Int, Int, Json, Int, Text, Text,
         Id, Id, Text, Int, Text, Int, Int, Int, Int, Int, Int, Int, Int, Text, Int, Int, Int, Json,
-        Json, Json,
+        Json, Json, Id,
     ]
 };
 
@@ -137,13 +138,16 @@ pub fn insert(script: &mut Script, tasks: &[&Task]) -> Result<()> {
 
 const MOVED_COLUMNS: &[Type] = {
     use Type::{Id, Int, Json, Text};
-    &[Id, Int, Text, Int, Int, Int, Int, Int, Int, Int, Int, Text, Int, Int, Int, Json, Json, Json]
+    &[
+        Id, Int, Text, Int, Int, Int, Int, Int, Int, Int, Int, Text, Int, Int, Int, Json, Json,
+        Json, Id,
+    ]
 };
 
 static UPDATE: Bulk = Bulk::new(
     "WITH moved (id, was, state, revision, attempt, failed, lost, handed_back, start_time,
                  end_time, not_before, runner_id, base_sequence, last_sequence,
-                 reserved_sequence, result, error, usage) AS (",
+                 reserved_sequence, result, error, usage, instance_id) AS (",
     MOVED_COLUMNS,
     ")
      UPDATE tasks SET
@@ -152,7 +156,7 @@ static UPDATE: Bulk = Bulk::new(
          end_time = m.end_time, not_before = m.not_before, runner_id = m.runner_id,
          base_sequence = m.base_sequence, last_sequence = m.last_sequence,
          reserved_sequence = m.reserved_sequence,
-         result = m.result, error = m.error, usage = m.usage
+         result = m.result, error = m.error, usage = m.usage, instance_id = m.instance_id
      FROM moved m WHERE tasks.id = m.id AND tasks.revision = m.was",
 );
 
@@ -181,7 +185,8 @@ fn bind_moving(row: &mut Values, task: &Task) -> Result<()> {
         .bind(task.reserved_sequence as i64)
         .bind(task.result.clone().map(Json))
         .bind(task.error.as_ref().map(Json::of).transpose()?)
-        .bind(task.usage.as_ref().map(Json::of).transpose()?);
+        .bind(task.usage.as_ref().map(Json::of).transpose()?)
+        .bind(task.instance);
     Ok(())
 }
 
@@ -198,6 +203,35 @@ static FENCE: Bulk = Bulk::new(
 pub fn fence(script: &mut Script, relied: &[(TaskId, u64)]) -> Result<()> {
     script.add_fence(&FENCE, relied, |row, (task, revision)| {
         row.bind(*task).bind(*revision as i64);
+        Ok(())
+    })
+}
+
+static HOLD_ENDS: Bulk = Bulk::new(
+    "WITH ends (id, was) AS (",
+    &[Type::Id, Type::Int],
+    ")
+     SELECT 1 FROM tasks JOIN ends e ON tasks.id = e.id WHERE tasks.revision = e.was
+     FOR UPDATE OF tasks",
+);
+// A statement of its own, which sees what was committed while the one before it waited.
+static CHECK_ENDS: Bulk = Bulk::new(
+    "WITH ends (id, last) AS (",
+    &[Type::Id, Type::Int],
+    ")
+     SELECT 1 FROM ends e WHERE e.last =
+        (SELECT coalesce(max(s.last_sequence), 0) FROM segments s WHERE s.task_id = e.id)",
+);
+
+/// Holds the rows of attempts that another server runs and that end now, as (task, revision, last
+/// stored sequence): nothing more of theirs may have been stored.
+pub fn fence_ends(script: &mut Script, ends: &[(TaskId, u64, u64)]) -> Result<()> {
+    script.add_fence(&HOLD_ENDS, ends, |row, (task, revision, _)| {
+        row.bind(*task).bind(*revision as i64);
+        Ok(())
+    })?;
+    script.add_fence(&CHECK_ENDS, ends, |row, (task, _, last)| {
+        row.bind(*task).bind(*last as i64);
         Ok(())
     })
 }
@@ -385,6 +419,8 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Rows(&INSERT),
     Statement::Rows(&UPDATE),
     Statement::RowsOn(Engine::Postgres, &FENCE),
+    Statement::RowsOn(Engine::Postgres, &HOLD_ENDS),
+    Statement::RowsOn(Engine::Postgres, &CHECK_ENDS),
     Statement::Rows(&LINK_RETRIES),
     Statement::Query(FIND_REQUESTS),
     Statement::Rows(&REMOVE_REQUESTS),

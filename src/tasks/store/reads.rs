@@ -1,6 +1,10 @@
 //! Reads of tasks, each within a namespace but those of the server itself.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 
@@ -9,7 +13,7 @@ use crate::{
     clock::Micros,
     db::{FromRow, Json, Row, Sql, Statement, Tx},
     error::{Error, Result},
-    id::{Namespace, TaskId},
+    id::{InstanceId, Namespace, TaskId},
     queue,
     tasks::{
         model::{State, Task},
@@ -209,14 +213,137 @@ pub async fn queued_count(tx: &mut Tx) -> Result<u64> {
 const RUNNING: Sql = Sql::new(concat!(
     "SELECT ",
     columns!(),
-    " FROM tasks WHERE state = 'RUNNING' AND id > $1 ORDER BY id LIMIT $2"
+    " FROM tasks WHERE state = 'RUNNING' AND id > $1 AND (instance_id = $3 OR $3 IS NULL)
+      ORDER BY id LIMIT $2"
 ));
 
-/// RUNNING tasks of all namespaces in the order of their ids, after one.
-pub async fn running_page(tx: &mut Tx, after: Option<TaskId>, limit: u32) -> Result<Vec<Task>> {
+/// RUNNING tasks of all namespaces in the order of their ids, after one: those whose runners an
+/// instance holds, or all.
+pub async fn running_page(
+    tx: &mut Tx,
+    instance: Option<InstanceId>,
+    after: Option<TaskId>,
+    limit: u32,
+) -> Result<Vec<Task>> {
     let after = after.unwrap_or(TaskId::MIN);
-    let rows: Vec<TaskRow> = tx.query(RUNNING).bind(after).bind(limit).all().await?;
+    let query = tx.query(RUNNING).bind(after).bind(limit).bind(instance);
+    let rows: Vec<TaskRow> = query.all().await?;
     Ok(rows.into_iter().map(|row| row.0).collect())
+}
+
+const HELD_BY: Sql =
+    Sql::new("SELECT id, attempt FROM tasks WHERE state = 'RUNNING' AND instance_id = $1");
+
+/// RUNNING tasks whose runners an instance holds, with their attempts.
+pub async fn held_by(tx: &mut Tx, instance: InstanceId) -> Result<Vec<(TaskId, u32)>> {
+    tx.query(HELD_BY).bind(instance).all().await
+}
+
+/// Where a task is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Whereabouts {
+    /// Task.
+    pub id: TaskId,
+    /// State.
+    pub state: State,
+    /// Latest attempt.
+    pub attempt: u32,
+    /// Grows with every change of the row.
+    pub revision: u64,
+    /// Highest sequence of a timeline event.
+    pub last_sequence: u64,
+    /// Server that holds the runner, while it runs.
+    pub instance: Option<InstanceId>,
+}
+
+const WHEREABOUTS: Sql = Sql::each(
+    "SELECT id, state, attempt, revision, last_sequence, instance_id FROM tasks
+     WHERE id IN (SELECT value FROM json_each($1))",
+    "SELECT id, state, attempt, revision, last_sequence, instance_id FROM tasks WHERE id = ANY ($1)",
+);
+
+/// Where tasks are; those that do not exist are absent.
+pub async fn whereabouts(tx: &mut Tx, ids: &[TaskId]) -> Result<Vec<Whereabouts>> {
+    tx.query(WHEREABOUTS).bind(ids).all().await
+}
+
+impl FromRow for Whereabouts {
+    fn from_row(row: &Row) -> Result<Self> {
+        Ok(Self {
+            id: row.get(0)?,
+            state: row.parse(1)?,
+            attempt: row.get(2)?,
+            revision: row.get::<i64>(3)? as u64,
+            last_sequence: row.get::<i64>(4)? as u64,
+            instance: row.get(5)?,
+        })
+    }
+}
+
+macro_rules! last_stored {
+    ($ids:literal) => {
+        concat!(
+            "SELECT w.id, (SELECT s.last_sequence FROM segments s WHERE s.task_id = w.id
+                           ORDER BY s.first_sequence DESC LIMIT 1)
+             FROM ",
+            $ids
+        )
+    };
+}
+
+const LAST_STORED: Sql = Sql::each(
+    last_stored!("(SELECT value AS id FROM json_each($1)) w"),
+    last_stored!("unnest($1::uuid[]) AS w (id)"),
+);
+
+/// The last sequence of each task's stored segments; tasks without any are absent.
+pub async fn last_stored(tx: &mut Tx, ids: &[TaskId]) -> Result<HashMap<TaskId, u64>> {
+    if ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows: Vec<(TaskId, Option<i64>)> = tx.query(LAST_STORED).bind(ids).all().await?;
+    Ok(rows.into_iter().filter_map(|(id, last)| Some((id, last? as u64))).collect())
+}
+
+macro_rules! orphans {
+    ($now:literal) => {
+        concat!(
+            "SELECT id, state, attempt, revision, last_sequence, instance_id FROM tasks t
+             WHERE state = 'RUNNING' AND NOT EXISTS (
+                 SELECT 1 FROM instances i
+                 WHERE i.id = t.instance_id AND i.heartbeat_time >= ",
+            $now,
+            " - $1)
+             ORDER BY id LIMIT $2"
+        )
+    };
+}
+
+const ORPHANS: Sql = Sql::each(
+    orphans!("CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)"),
+    orphans!("(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"),
+);
+
+/// RUNNING tasks whose instance was not heard of for so long, by the database's clock.
+pub async fn orphans(tx: &mut Tx, silent: Duration, limit: u32) -> Result<Vec<Whereabouts>> {
+    tx.query(ORPHANS).bind(silent.as_micros() as i64).bind(limit).all().await
+}
+
+const OVERDUE: Sql = Sql::new(
+    "SELECT id, CAST(0 AS BIGINT) FROM tasks
+     WHERE state IN ('QUEUED', 'RUNNING') AND deadline IS NOT NULL AND deadline <= $1
+     UNION ALL
+     SELECT id, CAST(1 AS BIGINT) FROM tasks
+     WHERE state = 'QUEUED' AND attempt = 0 AND start_timeout IS NOT NULL
+       AND create_time + start_timeout <= $1
+     LIMIT $2",
+);
+
+/// Open tasks a limit of which has passed.
+pub async fn overdue(tx: &mut Tx, now: Micros, limit: u32) -> Result<Vec<(TaskId, Limit)>> {
+    let rows: Vec<(TaskId, i64)> = tx.query(OVERDUE).bind(now).bind(limit).all().await?;
+    let which = |kind| if kind == 0 { Limit::Deadline } else { Limit::StartTimeout };
+    Ok(rows.into_iter().map(|(id, kind)| (id, which(kind))).collect())
 }
 
 const ENDED: Sql = Sql::new(
@@ -306,6 +433,11 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Query(QUEUED_AMONG),
     Statement::Query(COUNT_QUEUED),
     Statement::Query(RUNNING),
+    Statement::Query(HELD_BY),
+    Statement::Query(WHEREABOUTS),
+    Statement::Query(LAST_STORED),
+    Statement::Query(ORPHANS),
+    Statement::Query(OVERDUE),
     Statement::Query(ENDED),
     Statement::Query(DEAD),
     Statement::Query(SEGMENTS),

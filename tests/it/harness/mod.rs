@@ -4,6 +4,7 @@
 pub mod api;
 pub mod bucket;
 pub mod checks;
+pub mod cluster;
 pub mod command;
 pub mod database;
 pub mod disk;
