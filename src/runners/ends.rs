@@ -144,6 +144,10 @@ impl Registry {
             }
             answer => {
                 let lease = state.release(fence);
+                if let (Err(_), Some(lease)) = (answer, &lease) {
+                    // Another server ended the attempt or has it: readers look at storage.
+                    lease.log.let_go(fence.attempt);
+                }
                 if lease.is_none() && !matches!(end, End::Finish(..)) {
                     // A revocation released it and told the runner.
                     return Told::Ended;
