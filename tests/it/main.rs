@@ -19,6 +19,7 @@ mod connect;
 mod determinism;
 mod failover;
 mod fal;
+mod fault_table;
 mod gateway;
 mod harness;
 mod jobs;

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -24,7 +25,8 @@ use super::{
 
 /// Leases are short, but long enough for machines that do much else.
 pub const TTL: Duration = Duration::from_secs(4);
-const SETTINGS: &[(&str, &str)] = &[
+/// What servers of a cluster are set to.
+pub const SETTINGS: &[(&str, &str)] = &[
     ("BATON_RUNNERS_LEASE_TTL", "4s"),
     ("BATON_RUNNERS_HEARTBEAT_INTERVAL", "500ms"),
     ("BATON_RUNNERS_SESSION_GRACE", "4s"),
@@ -33,9 +35,9 @@ const SETTINGS: &[(&str, &str)] = &[
 
 /// A redis-server of its own, in memory.
 pub struct Redis {
-    port: u16,
-    _dir: tempfile::TempDir,
-    _process: Process,
+    pub port: u16,
+    pub process: Process,
+    dir: tempfile::TempDir,
 }
 
 impl Redis {
@@ -44,15 +46,39 @@ impl Redis {
         let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = free.local_addr().expect("an address").port();
         drop(free);
-        let mut command = std::process::Command::new("redis-server");
+        let process = Self::spawn(port, dir.path());
+        let redis = Self { port, process, dir };
+        redis.answers().await;
+        redis
+    }
+
+    /// Starts it again, empty, after it was killed.
+    pub async fn restart(&mut self) {
+        self.process = Self::spawn(self.port, self.dir.path());
+        self.answers().await;
+    }
+
+    fn spawn(port: u16, dir: &std::path::Path) -> Process {
+        let mut command = Command::new("redis-server");
         command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
-        command.args(["--appendonly", "no", "--dir"]).arg(dir.path());
-        let process = Process::spawn(&mut command, &dir.path().join("redis.log"));
+        command.args(["--appendonly", "no", "--dir"]).arg(dir);
+        Process::spawn(&mut command, &dir.join("redis.log"))
+    }
+
+    async fn answers(&self) {
+        let port = self.port;
         eventually("redis-server answers", SOON, || async move {
             TcpStream::connect(("127.0.0.1", port)).await.ok()
         })
         .await;
-        Self { port, _dir: dir, _process: process }
+    }
+
+    /// Runs a script; returns what it answers.
+    pub fn eval(&self, script: &str) -> String {
+        let port = self.port.to_string();
+        let output = Command::new("redis-cli").args(["-p", &port, "EVAL", script, "0"]).output();
+        let text = String::from_utf8(output.expect("redis-cli").stdout).expect("text");
+        text.trim().to_owned()
     }
 
     /// Loses everything.
