@@ -112,6 +112,7 @@ pub mod instances;
 pub mod keys;
 
 pub mod artifacts;
+pub mod moving;
 pub mod tasks;
 
 pub mod facades;

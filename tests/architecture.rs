@@ -97,6 +97,8 @@ const EDGES: &[(&str, &[&str])] = &[
         &["db", "events", "queue", "redis", "relay", "supervisor", "instances", "tasks", "runners"],
     ),
     ("queues", KERNELS_AND_KEYS),
+    // Whole tables and whole stores, whatever is in them.
+    ("moving", &["db", "blob"]),
     // Edges.
     ("grpc", &["config", "supervisor", "telemetry", "tls", "keys"]),
     ("gateway", &["config", "telemetry", "keys", "grpc"]),

@@ -13,11 +13,12 @@ use anyhow::{Context as _, bail};
 use tokio_util::sync::CancellationToken;
 
 use among::Among;
-pub use place::{artifact_store, database, lock_data_dir, make_data_dir, retention};
+pub use place::{
+    artifact_store, bytes, bytes_beside, database, lock_data_dir, make_data_dir, retention,
+};
 
 use crate::{
     artifacts::{self, Artifacts},
-    blob::Blobs,
     clock::Clock,
     config::{self, Config},
     db::{self, Db, Engine, Location},
@@ -36,6 +37,7 @@ use crate::{
     id::Entropy,
     instances::Lock,
     keys::{self, Keyring},
+    moving,
     pb::server::{
         artifact_service_server::ArtifactServiceServer, key_service_server::KeyServiceServer,
         queue_service_server::QueueServiceServer, runner_service_server::RunnerServiceServer,
@@ -136,10 +138,10 @@ impl App {
             }
             None => (Queue::new(bounds, clock.clone()), None),
         };
-        let blobs = Blobs::open(data_dir.join("transcripts")).await?;
+        let moving::Bytes { artifacts: store, transcripts: blobs } = place::bytes(&config).await?;
         let artifacts = Artifacts::new(artifacts::Parts {
             db: db.clone(),
-            store: place::artifact_store(&config).await?,
+            store,
             clock: clock.clone(),
             entropy: entropy.clone(),
             signer: keyring.signer().clone(),

@@ -10,10 +10,11 @@ use std::{
 use anyhow::{Context as _, bail};
 
 use crate::{
-    blob::Store,
+    blob::{Blobs, Store},
     config::{self, Config},
     db::Location,
     keys::Keyring,
+    moving::Bytes,
     tasks::housekeeping::Retention,
     tls::{Acceptor, Files},
 };
@@ -99,6 +100,36 @@ pub async fn artifact_store(config: &Config) -> anyhow::Result<Store> {
         return Store::files(&dir).await.with_context(|| format!("cannot use {}", dir.display()));
     }
     bucket(artifacts).await
+}
+
+/// Opens where everything lies that is not in tables. Servers that share a database share the
+/// bucket, so that transcripts are there too.
+pub async fn bytes(config: &Config) -> anyhow::Result<Bytes> {
+    let artifacts = artifact_store(config).await?;
+    let transcripts = match transcripts_beside(config, &artifacts) {
+        Some(shared) => shared,
+        None => Blobs::open(config.storage.data_dir.join("transcripts")).await?,
+    };
+    Ok(Bytes { artifacts, transcripts })
+}
+
+/// The same for reads, beside a server that may use it.
+pub async fn bytes_beside(config: &Config) -> anyhow::Result<Bytes> {
+    let dir = &config.storage.data_dir;
+    let artifacts = match config.artifacts.store.as_str() {
+        "file" => Store::look_into(&dir.join("artifacts")),
+        _ => bucket(&config.artifacts).await?,
+    };
+    let transcripts = transcripts_beside(config, &artifacts)
+        .unwrap_or_else(|| Blobs::look_into(dir.join("transcripts")));
+    Ok(Bytes { artifacts, transcripts })
+}
+
+fn transcripts_beside(config: &Config, artifacts: &Store) -> Option<Blobs> {
+    match database(config) {
+        Location::Url(_) => artifacts.blobs_beside("transcripts"),
+        Location::File(_) => None,
+    }
 }
 
 #[cfg(feature = "s3")]

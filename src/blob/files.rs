@@ -61,6 +61,10 @@ impl Files {
         .await
     }
 
+    pub(super) fn look_into(root: &Path) -> Self {
+        Self(Arc::new(Inner { root: root.to_owned(), temporary: AtomicU64::new(0) }))
+    }
+
     pub(super) async fn writer(
         &self,
         upload: &Upload,

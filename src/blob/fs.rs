@@ -20,9 +20,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Digest, Error};
 
-/// A directory of blobs; clones share it. One process uses it at a time.
+/// A directory of blobs; clones share it.
 #[derive(Clone, Debug)]
-pub struct Blobs(Arc<Inner>);
+pub(super) struct Directory(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -30,10 +30,14 @@ struct Inner {
     temporary: AtomicU64,
 }
 
-impl Blobs {
+impl Directory {
+    /// The directory `root` as it is.
+    pub(super) fn look_into(root: PathBuf) -> Self {
+        Self(Arc::new(Inner { root, temporary: AtomicU64::new(0) }))
+    }
+
     /// Opens the directory `root`, making it when it is missing.
-    pub async fn open(root: impl Into<PathBuf>) -> Result<Self, Error> {
-        let root = root.into();
+    pub(super) async fn open(root: PathBuf) -> Result<Self, Error> {
         blocking(move || {
             let tmp = root.join("tmp");
             make_dir(&root)?;
@@ -50,13 +54,13 @@ impl Blobs {
 
     /// Keeps `bytes`; they are on stable storage when this returns. Keeping what is kept
     /// already costs no write.
-    pub async fn put(&self, bytes: Bytes) -> Result<Digest, Error> {
+    pub(super) async fn put(&self, bytes: Bytes) -> Result<Digest, Error> {
         let inner = self.0.clone();
         blocking(move || inner.put(&bytes)).await
     }
 
     /// The whole blob, checked against its digest.
-    pub async fn get(&self, digest: Digest) -> Result<Bytes, Error> {
+    pub(super) async fn get(&self, digest: Digest) -> Result<Bytes, Error> {
         let inner = self.0.clone();
         blocking(move || {
             let mut bytes = Vec::new();
@@ -70,7 +74,12 @@ impl Blobs {
     }
 
     /// `length` bytes of a blob from `offset`; not checked against the digest.
-    pub async fn range(&self, digest: Digest, offset: u64, length: u64) -> Result<Bytes, Error> {
+    pub(super) async fn range(
+        &self,
+        digest: Digest,
+        offset: u64,
+        length: u64,
+    ) -> Result<Bytes, Error> {
         let inner = self.0.clone();
         blocking(move || {
             let mut file = inner.file(digest)?;
@@ -91,7 +100,7 @@ impl Blobs {
     }
 
     /// Deletes a blob; says whether it was there.
-    pub async fn delete(&self, digest: Digest) -> Result<bool, Error> {
+    pub(super) async fn delete(&self, digest: Digest) -> Result<bool, Error> {
         let inner = self.0.clone();
         blocking(move || match fs::remove_file(inner.path(digest)) {
             Ok(()) => Ok(true),
@@ -102,7 +111,7 @@ impl Blobs {
     }
 
     /// The blobs whose digest begins with `shard`.
-    pub async fn list(&self, shard: u8) -> Result<Vec<Digest>, Error> {
+    pub(super) async fn list(&self, shard: u8) -> Result<Vec<Digest>, Error> {
         let inner = self.0.clone();
         blocking(move || {
             let shard = hex::encode([shard]);
@@ -200,9 +209,9 @@ mod tests {
     use super::*;
     use crate::blob::InvalidDigest;
 
-    async fn blobs() -> (tempfile::TempDir, Blobs) {
+    async fn blobs() -> (tempfile::TempDir, Directory) {
         let dir = tempfile::tempdir().unwrap();
-        let blobs = Blobs::open(dir.path().join("blobs")).await.unwrap();
+        let blobs = Directory::open(dir.path().join("blobs")).await.unwrap();
         (dir, blobs)
     }
 
@@ -250,7 +259,7 @@ mod tests {
         let left = dir.path().join("blobs/tmp/7");
         fs::write(&left, "half").unwrap();
         drop(blobs);
-        let blobs = Blobs::open(dir.path().join("blobs")).await.unwrap();
+        let blobs = Directory::open(dir.path().join("blobs")).await.unwrap();
         assert!(!left.exists());
         assert_eq!(blobs.get(digest).await.unwrap(), "abc");
     }

@@ -5,6 +5,7 @@
 //! Blobs are never changed, so readers need no lock; what nobody refers to any more is
 //! deleted by whoever keeps the references.
 
+mod blobs;
 mod files;
 mod fs;
 pub mod hash;
@@ -16,7 +17,7 @@ pub(crate) mod testing;
 
 use std::{fmt, io, str::FromStr};
 
-pub use fs::Blobs;
+pub use blobs::{Blobs, Listed};
 pub use store::{Checkpoint, Key, Pieces, Presigned, Sealed, Store, Upload, Writer};
 
 /// The SHA-256 of a blob, which is its name.

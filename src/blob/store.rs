@@ -15,7 +15,7 @@ use uuid::Uuid;
 #[cfg(feature = "s3")]
 use super::s3::{self, Bucket};
 use super::{
-    Digest, Error,
+    Blobs, Digest, Error,
     files::{self, Files},
     hash::Hasher,
 };
@@ -131,6 +131,24 @@ impl Store {
             kind: Kind::Bucket(Box::pin(Bucket::open(settings)).await?),
             open: Arc::default(),
         })
+    }
+
+    /// The directory of files as it is, for reads beside the process that uses it.
+    pub fn look_into(root: &Path) -> Self {
+        Self { kind: Kind::Files(Files::look_into(root)), open: Arc::default() }
+    }
+
+    /// Blobs of another owner in the same bucket, below a prefix of their own; `None` where there
+    /// is no bucket.
+    pub fn blobs_beside(&self, name: &'static str) -> Option<Blobs> {
+        match &self.kind {
+            Kind::Files(_) => {
+                let _ = name;
+                None
+            }
+            #[cfg(feature = "s3")]
+            Kind::Bucket(bucket) => Some(Blobs::bucket(bucket.clone(), name)),
+        }
     }
 
     /// A bucket of the server that tests start.

@@ -10,6 +10,7 @@ pub mod exit;
 mod input;
 mod json;
 mod keys;
+mod moving;
 mod operate;
 mod output;
 mod port;

@@ -11,6 +11,7 @@ use serde_json::json;
 use super::{
     Context,
     exit::{Exit, Failure, Outcome, root_cause},
+    moving,
     output::fields,
     server::{self, ConfigArgs},
 };
@@ -32,7 +33,8 @@ pub struct Place {
 }
 
 impl Place {
-    fn find(&self) -> Outcome<(Config, Location)> {
+    /// The configuration, and where it has the database.
+    pub fn find(&self) -> Outcome<(Config, Location)> {
         let config = self.config.load()?.config;
         let at = app::database(&config);
         Ok((config, at))
@@ -66,6 +68,10 @@ pub enum DbCommand {
         /// A file that `db backup` wrote
         from: PathBuf,
     },
+    /// Write everything that is kept to one file: rows, artifacts and transcripts
+    Export(moving::ExportArgs),
+    /// Make an installation of what `db export` wrote, on whatever keeps it here
+    Import(moving::ImportArgs),
     /// Delete what the retention policies let go; the server does so every ten minutes
     Gc {
         #[command(flatten)]
@@ -86,6 +92,8 @@ pub async fn run(context: &Context, command: &DbCommand) -> Outcome {
         DbCommand::Migrate { place, dry_run } => migrate(context, place, *dry_run).await?,
         DbCommand::Backup { place, to } => backup(context, place, to).await?,
         DbCommand::Restore { place, from } => restore(context, place, from).await?,
+        DbCommand::Export(args) => moving::export(context, args).await?,
+        DbCommand::Import(args) => moving::import(context, args).await?,
         DbCommand::Gc { place, older_than } => collect(context, place, *older_than).await?,
     }
     Ok(Exit::Ok)
@@ -200,7 +208,7 @@ async fn collect(context: &Context, place: &Place, older_than: Option<Duration>)
 }
 
 /// An error about the database itself, with its name.
-fn failure(doing: &str, at: &Location, error: Error) -> Failure {
+pub fn failure(doing: &str, at: &Location, error: Error) -> Failure {
     match error.kind() {
         Kind::NotFound => Failure::new(Exit::NotFound, error.to_string()).hint(
             "name the data directory of the server: --data-dir DIR (`baton dev` uses ./.baton)",

@@ -114,6 +114,17 @@ pub async fn status(at: &Location) -> Result<Status> {
     }
 }
 
+/// Connections that servers have to a server's database; of a file, see its directory's lock.
+pub async fn servers(at: &Location) -> Result<u64> {
+    match at {
+        Location::File(_) => Ok(0),
+        #[cfg(feature = "postgres")]
+        Location::Url(url) => super::postgres::migrate::servers(url).await,
+        #[cfg(not(feature = "postgres"))]
+        Location::Url(_) => Err(without_postgres()),
+    }
+}
+
 fn status_of(engine: Engine, found: Migrations, size_bytes: u64, durability: String) -> Status {
     let Migrations { known, applied, legacy } = found;
     Status { engine, known, applied, legacy: legacy.is_some(), size_bytes, durability }

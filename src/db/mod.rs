@@ -16,6 +16,7 @@ mod sqlite;
 mod statement;
 #[cfg(test)]
 pub mod testing;
+pub mod transfer;
 mod value;
 
 use std::{future::Future, path::Path, sync::Arc, time::Duration};
@@ -26,7 +27,7 @@ use sqlx::PgConnection;
 use sqlx::SqliteConnection;
 use tokio::sync::watch;
 
-pub use admin::{Location, Status, backup, migrate, restore, status};
+pub use admin::{Location, Status, backup, migrate, restore, servers, status};
 pub use bulk::{Bulk, Type};
 pub use row::{Column, FromRow, Row};
 pub use script::Script;

@@ -275,6 +275,32 @@ impl Sqlite {
     }
 }
 
+/// The last migration that this binary has.
+pub(super) fn last_migration() -> i64 {
+    MIGRATOR.iter().last().map_or(0, |last| last.version)
+}
+
+/// A reading connection to a file that may be in use.
+pub(super) async fn open_read_only(path: &Path) -> Result<SqliteConnection> {
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .read_only(true)
+        .busy_timeout(Duration::from_secs(5))
+        .disable_statement_logging();
+    open_connection(&options).await
+}
+
+/// A connection to a file that nobody else writes to.
+pub(super) async fn open_alone(path: &Path) -> Result<SqliteConnection> {
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .foreign_keys(true)
+        .disable_statement_logging();
+    open_connection(&options).await
+}
+
 /// Options of a connection that reads.
 fn reader(writer: &SqliteConnectOptions) -> SqliteConnectOptions {
     writer.clone().read_only(true).pragma("cache_size", READER_CACHE)

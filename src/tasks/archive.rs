@@ -3,7 +3,8 @@
 //! The segments of many ended tasks are packed into one blob, with one sync; then, in one
 //! transaction, each task's row says where its transcript lies and its segments go. A blob
 //! that no row refers to, since a crash came between or its tasks were deleted, is collected.
-//! The directory of these blobs belongs to this loop alone.
+//! The directory of these blobs belongs to this loop alone; in a bucket, which several servers
+//! share, a blob is left alone for a while.
 //!
 //! A transcript is a sequence of records: first sequence, number of frames, and length of the
 //! frames, each a varint, then the length-delimited frames.
@@ -32,6 +33,10 @@ const TASKS: u32 = 256;
 
 /// Bytes of a transcript read at once.
 const WINDOW: u64 = 256 << 10;
+
+/// A blob that somebody else than this process may have put is no orphan before this time: its row
+/// may be on its way.
+const SETTLED: Duration = Duration::from_hours(1);
 
 /// Time between two looks for ended tasks.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -108,7 +113,10 @@ impl Archiver {
 
     /// Deletes the blobs of a shard that nothing refers to; returns how many.
     pub async fn collect(&self, shard: u8) -> Result<usize> {
-        let kept = self.blobs.list(shard).await.map_err(Error::storage)?;
+        let listed = self.blobs.list(shard).await.map_err(Error::storage)?;
+        let before = self.clock.now() - SETTLED;
+        let settled = listed.into_iter().filter(|blob| blob.put.is_none_or(|put| put < before));
+        let kept: Vec<_> = settled.map(|blob| blob.digest).collect();
         if kept.is_empty() {
             return Ok(0);
         }

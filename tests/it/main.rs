@@ -23,6 +23,7 @@ mod fault_table;
 mod gateway;
 mod harness;
 mod jobs;
+mod moving;
 mod openai;
 mod overload;
 mod postgres;

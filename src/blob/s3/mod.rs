@@ -5,6 +5,7 @@
 //! checksums, which not every server understands, are left to where an operation needs them. What
 //! is kept was hashed on its way.
 
+mod objects;
 mod writer;
 
 use std::{sync::Arc, time::Duration};
@@ -146,7 +147,11 @@ impl Bucket {
     }
 
     pub(super) async fn put(&self, key: &Key, bytes: Bytes) -> Result<(), Error> {
-        let put = self.0.client.put_object().bucket(&self.0.name).key(self.object(key));
+        self.put_at(self.object(key), bytes).await
+    }
+
+    async fn put_at(&self, object: String, bytes: Bytes) -> Result<(), Error> {
+        let put = self.0.client.put_object().bucket(&self.0.name).key(object);
         put.body(ByteStream::from(bytes)).send().await.map_err(failed)?;
         Ok(())
     }
@@ -268,7 +273,11 @@ impl Bucket {
     }
 
     pub(super) async fn size(&self, key: &Key) -> Result<Option<u64>, Error> {
-        let head = self.0.client.head_object().bucket(&self.0.name).key(self.object(key));
+        self.size_at(self.object(key)).await
+    }
+
+    async fn size_at(&self, object: String) -> Result<Option<u64>, Error> {
+        let head = self.0.client.head_object().bucket(&self.0.name).key(object);
         match head.send().await {
             Ok(head) => Ok(head.content_length().and_then(|size| u64::try_from(size).ok())),
             Err(error) if error.as_service_error().is_some_and(HeadObjectError::is_not_found) => {

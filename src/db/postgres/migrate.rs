@@ -42,6 +42,25 @@ async fn run_on(conn: &mut PgConnection, dry_run: bool) -> Result<Migrations> {
     Ok(found)
 }
 
+/// The last migration that this binary has.
+pub(in crate::db) fn last_migration() -> i64 {
+    MIGRATOR.iter().last().map_or(0, |last| last.version)
+}
+
+/// Connections of servers, and of others of this program's commands.
+pub(in crate::db) async fn servers(url: &str) -> Result<u64> {
+    let mut conn = options(url)?.connect().await.map_err(Error::storage)?;
+    let n: i64 = sqlx::query_scalar(
+        "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database()
+         AND application_name = current_setting('application_name') AND pid <> pg_backend_pid()",
+    )
+    .fetch_one(&mut conn)
+    .await?;
+    // Nothing is under way on it.
+    let _ = conn.close().await;
+    Ok(n.unsigned_abs())
+}
+
 /// Bytes that the database takes, and how its commits reach the disk.
 pub(in crate::db) async fn size(url: &str) -> Result<(u64, String)> {
     let mut conn = options(url)?.connect().await.map_err(Error::storage)?;

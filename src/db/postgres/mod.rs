@@ -14,6 +14,7 @@
 pub(super) mod dump;
 mod error;
 pub(super) mod migrate;
+pub(super) mod transfer;
 pub(super) mod value;
 
 use std::{

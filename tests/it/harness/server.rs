@@ -136,6 +136,11 @@ impl Server {
         last.map(|(_, value)| value.into()).expect("a data directory")
     }
 
+    /// The variables of the next start.
+    pub fn env(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.env.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
     /// Sets a variable for the next start.
     pub fn set_env(&mut self, name: &str, value: &str) {
         self.env.push((name.into(), value.into()));
