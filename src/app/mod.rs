@@ -14,8 +14,11 @@ use tokio_util::sync::CancellationToken;
 
 use among::Among;
 pub use place::{
-    artifact_store, bytes, bytes_beside, database, lock_data_dir, make_data_dir, retention,
+    artifact_store, bytes, bytes_beside, certificate, database, lock_data_dir, make_data_dir,
+    retention,
 };
+
+pub use shared::look_at_redis;
 
 use crate::{
     artifacts::{self, Artifacts},

@@ -51,16 +51,20 @@ pub(super) fn bind(addr: SocketAddr) -> anyhow::Result<tokio::net::TcpListener> 
 
 /// Reads the certificate, where one is configured.
 pub(super) fn acceptor(config: &config::Tls) -> anyhow::Result<Option<Acceptor>> {
+    certificate(config).map(Acceptor::load).transpose().map_err(Into::into)
+}
+
+/// Where the configuration has the certificate, if it has one.
+pub fn certificate(config: &config::Tls) -> Option<Files> {
     if config.cert.is_empty() {
-        return Ok(None);
+        return None;
     }
     let client_ca = Some(&config.client_ca).filter(|path| !path.is_empty());
-    let files = Files {
+    Some(Files {
         cert: PathBuf::from(&config.cert),
         key: PathBuf::from(&config.key),
         client_ca: client_ca.map(PathBuf::from),
-    };
-    Ok(Some(Acceptor::load(files)?))
+    })
 }
 
 /// Makes the data directory, unless it is there, for its owner alone.

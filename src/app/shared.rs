@@ -59,6 +59,23 @@ pub(super) async fn connect(
     open(&config.redis, clock, entropy, supervisor).await.map(Some)
 }
 
+/// Version and eviction policy of what `redis.url` names, if it names something.
+pub async fn look_at_redis(
+    config: &Config,
+    clock: &Clock,
+) -> anyhow::Result<Option<(String, Option<String>)>> {
+    let supervisor = Supervisor::new();
+    let connection = connect(config, clock, &Entropy::system(), &supervisor).await?;
+    #[cfg(feature = "redis")]
+    let found = connection.map(|connection| {
+        let server = connection.redis.server();
+        (server.version, server.evicts)
+    });
+    #[cfg(not(feature = "redis"))]
+    let found = connection.map(|never| match never {});
+    Ok(found)
+}
+
 #[cfg(feature = "redis")]
 async fn open(
     config: &config::Redis,

@@ -9,10 +9,11 @@ use tonic_health::pb::{
 use super::{
     Context, diagnose,
     exit::{Exit, Outcome},
+    parts,
     server::ConfigArgs,
     text,
 };
-use crate::{agent, client::Client, pb};
+use crate::{agent, client::Client, config::Config, pb};
 
 /// Arguments of `doctor`.
 #[derive(Args, Clone, Debug)]
@@ -23,20 +24,26 @@ pub struct DoctorArgs {
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mark {
+pub(super) enum Mark {
     Good,
     Note,
     Bad,
 }
 
-struct Check {
+pub(super) struct Check {
     name: &'static str,
     mark: Mark,
     found: String,
     hint: Option<String>,
 }
 
-fn check(name: &'static str, mark: Mark, found: impl Into<String>, hint: Option<String>) -> Check {
+/// A check that was made.
+pub(super) fn check(
+    name: &'static str,
+    mark: Mark,
+    found: impl Into<String>,
+    hint: Option<String>,
+) -> Check {
     Check { name, mark, found: found.into(), hint }
 }
 
@@ -44,10 +51,14 @@ fn check(name: &'static str, mark: Mark, found: impl Into<String>, hint: Option<
 pub async fn run(context: &Context, args: &DoctorArgs) -> Outcome {
     let mut checks = Vec::new();
     let mut exit = Exit::Ok;
-    configuration(args, &mut checks);
+    let config = configuration(args, &mut checks);
     machine(&mut checks).await;
-    if let Some(client) = connection(context, &mut checks, &mut exit).await {
-        server(&client, &mut checks, &mut exit).await;
+    let client = connection(context, &mut checks, &mut exit).await;
+    if let Some(client) = &client {
+        server(client, &mut checks, &mut exit).await;
+    }
+    if let Some(config) = &config {
+        parts::look(context, config, client.is_some(), &mut checks).await;
     }
     if exit == Exit::Ok && checks.iter().any(|check| check.mark == Mark::Bad) {
         exit = Exit::Unexpected;
@@ -56,8 +67,8 @@ pub async fn run(context: &Context, args: &DoctorArgs) -> Outcome {
     Ok(exit)
 }
 
-fn configuration(args: &DoctorArgs, checks: &mut Vec<Check>) {
-    match args.config.load() {
+fn configuration(args: &DoctorArgs, checks: &mut Vec<Check>) -> Option<Config> {
+    let loaded = match args.config.load() {
         Ok(loaded) => {
             let n_set = loaded
                 .entries
@@ -73,6 +84,7 @@ fn configuration(args: &DoctorArgs, checks: &mut Vec<Check>) {
                 },
                 None,
             ));
+            Some(loaded.config)
         }
         Err(failure) => {
             checks.push(check(
@@ -81,8 +93,9 @@ fn configuration(args: &DoctorArgs, checks: &mut Vec<Check>) {
                 failure.message,
                 failure.hints.first().cloned(),
             ));
+            None
         }
-    }
+    };
     let proxies: Vec<String> =
         ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"]
             .iter()
@@ -97,6 +110,7 @@ fn configuration(args: &DoctorArgs, checks: &mut Vec<Check>) {
             None,
         ));
     }
+    loaded
 }
 
 async fn machine(checks: &mut Vec<Check>) {

@@ -13,6 +13,7 @@ mod keys;
 mod moving;
 mod operate;
 mod output;
+mod parts;
 mod port;
 pub mod reference;
 mod runner;

@@ -6,6 +6,7 @@
 
 mod admin;
 mod bulk;
+mod facts;
 mod migrations;
 pub mod page;
 #[cfg(feature = "postgres")]
@@ -29,6 +30,7 @@ use tokio::sync::watch;
 
 pub use admin::{Location, Status, backup, migrate, restore, servers, status};
 pub use bulk::{Bulk, Type};
+pub use facts::{Facts, OLDEST_POSTGRES, facts};
 pub use row::{Column, FromRow, Row};
 pub use script::Script;
 pub use statement::{Query, Sql, Statement};

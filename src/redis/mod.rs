@@ -141,6 +141,15 @@ impl Error {
 /// Result of speaking to Redis.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// What a server says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Server {
+    /// Such as `7.0.15`.
+    pub version: String,
+    /// The policy by which it forgets keys when its memory is full, if it does.
+    pub evicts: Option<String>,
+}
+
 /// The connection; clones share it.
 #[derive(Clone)]
 pub struct Redis(Arc<Inner>);
@@ -150,6 +159,7 @@ struct Inner {
     builder: Builder,
     settings: Settings,
     scripts: Scripts,
+    server: Mutex<Server>,
     health: watch::Sender<Health>,
     losses: watch::Sender<u64>,
     /// Of the data that were there when somebody last looked.
@@ -181,6 +191,7 @@ impl Redis {
             builder,
             settings,
             scripts: Scripts::new(),
+            server: Mutex::default(),
             health: watch::Sender::new(Health::Up { latency: Duration::ZERO }),
             losses: watch::Sender::new(0),
             era: Mutex::new(Facts::default()),
@@ -188,9 +199,12 @@ impl Redis {
             entropy,
             supervisor: supervisor.clone(),
         }));
-        if let Err(problem) = redis.check_server().await {
-            redis.0.client.quit().await.ok();
-            return Err(unusable(problem));
+        match redis.check_server().await {
+            Ok(server) => *redis.0.server.lock() = server,
+            Err(problem) => {
+                redis.0.client.quit().await.ok();
+                return Err(unusable(problem));
+            }
         }
         redis.look().await?;
         redis.watch_health();
@@ -251,7 +265,12 @@ impl Redis {
     }
 
     /// What cannot be used, as a sentence.
-    async fn check_server(&self) -> std::result::Result<(), String> {
+    /// What the server said of itself when it was connected to.
+    pub fn server(&self) -> Server {
+        self.0.server.lock().clone()
+    }
+
+    async fn check_server(&self) -> std::result::Result<Server, String> {
         let info: String = self
             .0
             .client
@@ -277,14 +296,15 @@ impl Redis {
             return Err("it is part of a Redis Cluster; a single server is needed".into());
         }
         let policy = field("maxmemory_policy");
-        if field("maxmemory") != "0" && policy != "noeviction" {
+        let evicts = field("maxmemory") != "0" && policy != "noeviction";
+        if evicts {
             tracing::warn!(
                 policy,
                 "Redis evicts keys when its memory is full: set maxmemory-policy to noeviction, \
                  or queued work is found again only by the sweep"
             );
         }
-        Ok(())
+        Ok(Server { version: version.to_owned(), evicts: evicts.then(|| policy.to_owned()) })
     }
 }
 

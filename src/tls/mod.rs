@@ -5,6 +5,7 @@
 //! All of it is rustls with one crypto provider. TLS 1.2 and 1.3 are spoken, nothing older.
 
 mod accept;
+mod dates;
 pub mod own;
 mod trust;
 
@@ -19,6 +20,7 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject as _},
 };
 
+use crate::clock::Micros;
 pub use accept::{Acceptor, Files, PLAIN, Refused, Replay};
 pub use trust::Trust;
 
@@ -85,6 +87,17 @@ fn provider() -> Arc<CryptoProvider> {
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|problem| Error::File { doing: "read", path: path.into(), problem })
+}
+
+/// When the certificate in a file ends, the first of them.
+pub fn end(path: &Path) -> Result<Micros> {
+    let malformed = || Error::Malformed {
+        path: path.into(),
+        wanted: "certificate",
+        problem: ": its end cannot be read".into(),
+    };
+    let found = certificates(path, &read(path)?)?;
+    found.first().and_then(dates::end).ok_or_else(malformed)
 }
 
 /// The certificates of a file, at least one, leaf first.

@@ -17,6 +17,7 @@ mod command_line;
 mod commands;
 mod connect;
 mod determinism;
+mod doctor;
 mod failover;
 mod fal;
 mod fault_table;

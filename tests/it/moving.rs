@@ -57,8 +57,8 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn done(output: Output) -> Value {
-    assert!(output.status.success(), "{}", said(&output));
+fn done(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", said(output));
     serde_json::from_slice(&output.stdout).unwrap_or_default()
 }
 
@@ -126,14 +126,14 @@ async fn fill(server: &mut Server) -> Found {
 
 fn export(server: &Server) -> (String, Value) {
     let file = server.dir.path().join("all.tar").display().to_string();
-    let report = done(run(server, &["-o", "json", "db", "export", &file]));
+    let report = done(&run(server, &["-o", "json", "db", "export", &file]));
     (file, report)
 }
 
 /// Moves, looks, and does what is left to do.
 async fn arrives(from: &Server, to: &mut Server, before: &Found) {
     let (file, exported) = export(from);
-    let imported = done(run(to, &["-o", "json", "db", "import", &file]));
+    let imported = done(&run(to, &["-o", "json", "db", "import", &file]));
     for what in ["rows", "artifacts", "transcripts"] {
         assert_eq!(exported[what], imported[what], "{what}");
     }
@@ -198,7 +198,7 @@ async fn an_import_that_is_cut_off_leaves_nothing_and_goes_on_from_there() {
     fs::write(&cut, other).expect("a file");
     let refused = run(&to, &["db", "import", &cut]);
     assert!(said(&refused).contains("came as they were"), "{}", said(&refused));
-    let report = done(run(&to, &["-o", "json", "db", "import", &file]));
+    let report = done(&run(&to, &["-o", "json", "db", "import", &file]));
     assert_eq!(report["artifacts_kept_before"]["files"], 2, "{report}");
     assert_eq!(report["rows_before"], 0, "{report}");
     to.restart().await;
@@ -216,7 +216,7 @@ async fn a_target_that_is_not_empty_is_kept_unless_told() {
     let running = run(&to, &["db", "import", "--replace", &file]);
     assert!(said(&running).contains("in use by another server"), "{}", said(&running));
     to.kill();
-    let looked = done(run(&to, &["-o", "json", "db", "import", "--dry-run", &file]));
+    let looked = done(&run(&to, &["-o", "json", "db", "import", "--dry-run", &file]));
     assert_eq!(looked["dry_run"], true);
     assert!(looked["rows_before"].as_u64() > Some(0), "{looked}");
     let refused = run(&to, &["db", "import", &file]);
@@ -224,7 +224,7 @@ async fn a_target_that_is_not_empty_is_kept_unless_told() {
     to.restart().await;
     to.api().get(&own).await;
     to.kill();
-    done(run(&to, &["-o", "json", "db", "import", "--replace", &file]));
+    done(&run(&to, &["-o", "json", "db", "import", "--replace", &file]));
     to.restart().await;
     assert_eq!(find(&to).await, before);
     assert!(to.api().try_get(&own).await.is_err());
@@ -238,7 +238,7 @@ async fn an_export_is_whole_or_not_there() {
     let file = from.dir.path().join("all.tar").display().to_string();
     let refused = run(&from, &["db", "export", &file]);
     assert!(said(&refused).contains("in use by another server"), "{}", said(&refused));
-    done(run(&from, &["-o", "json", "db", "export", "--live", &file]));
+    done(&run(&from, &["-o", "json", "db", "export", "--live", &file]));
     from.kill();
     let again = run(&from, &["db", "export", &file]);
     assert!(said(&again).contains("exists already"), "{}", said(&again));

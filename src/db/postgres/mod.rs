@@ -13,6 +13,7 @@
 
 pub(super) mod dump;
 mod error;
+pub(super) mod facts;
 pub(super) mod migrate;
 pub(super) mod transfer;
 pub(super) mod value;
@@ -30,11 +31,8 @@ use sqlx::{
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 pub(super) use self::error::from_database;
-use super::{Health, Script, Tx, Unknown};
+use super::{Health, OLDEST_POSTGRES as OLDEST, Script, Tx, Unknown};
 use crate::error::{Error, Kind, Reason, Result};
-
-/// The oldest server that is known to do.
-const OLDEST: u32 = 13;
 
 /// Connections that write: the ledger's, and a few for what is rare.
 const WRITERS: usize = 3;
