@@ -64,7 +64,8 @@ impl Load {
 async fn accompany(apis: Vec<Api>, request: String, at: usize) -> Told {
     let (task, resent) = submit(&apis, &request, at).await;
     let was_found = get(&apis, &task, at + 1).await;
-    let again = if at % 10 == 0 { Some(submit(&apis, &request, at + 2).await.0) } else { None };
+    let again =
+        if at.is_multiple_of(10) { Some(submit(&apis, &request, at + 2).await.0) } else { None };
     let cancelled = at % 20 == 3 && cancel(&apis, &task, at + 1).await;
     let followed = if at % 8 == 3 { follow(&apis, &task, at + 2).await } else { Vec::new() };
     let text = (0..WORDS).map(|i| format!("w{i}")).collect::<Vec<_>>().join(" ");
