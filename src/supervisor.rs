@@ -93,11 +93,28 @@ impl Supervisor {
         self.0.flushing.spawn(watched.instrument(tracing::info_span!("loop", name)));
     }
 
-    /// Runs a future with an end of its own, such as a connection or a call that must not stop
-    /// half-way. A panic ends it alone, and is logged and counted.
+    /// Runs a future with an end of its own, such as a call that must not stop half-way, in the
+    /// current span. A panic ends it alone, and is logged and counted.
     pub fn spawn(&self, name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
+        self.0.tasks.spawn(self.watched(name, future).in_current_span());
+    }
+
+    /// As [`spawn`](Self::spawn), in no span: for connections, whose calls have spans of their own.
+    pub fn spawn_apart(
+        &self,
+        name: &'static str,
+        future: impl Future<Output = ()> + Send + 'static,
+    ) {
+        self.0.tasks.spawn(self.watched(name, future));
+    }
+
+    fn watched(
+        &self,
+        name: &'static str,
+        future: impl Future<Output = ()> + Send + 'static,
+    ) -> impl Future<Output = ()> + Send + 'static {
         let (watcher, kill) = (self.clone(), self.0.kill.clone());
-        let watched = async move {
+        async move {
             tokio::select! {
                 biased;
                 () = kill.cancelled() => tracing::debug!(name, "dropped at the end of the grace"),
@@ -107,8 +124,7 @@ impl Supervisor {
                     }
                 }
             }
-        };
-        self.0.tasks.spawn(watched.in_current_span());
+        }
     }
 
     /// Cancelled when the shutdown begins: streams end, nothing new starts.

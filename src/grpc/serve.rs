@@ -171,7 +171,7 @@ fn take_up<L: Listener>(port: &Port, conn: L::Conn, peer: SocketAddr, place: Pla
     match L::attach(conn) {
         Ok(io) => {
             let connection = connection(io, peer, port.clone(), place);
-            port.edge.supervisor().spawn("connection", connection);
+            port.edge.supervisor().spawn_apart("connection", connection);
         }
         Err(error) => tracing::warn!(%error, "cannot take up a connection"),
     }
