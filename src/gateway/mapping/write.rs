@@ -1,6 +1,6 @@
 //! Encoded messages to JSON text.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 
 use super::{
     Field, Form, Kind, Mapping, Shape, Type, TypeId, text,
@@ -262,9 +262,12 @@ impl<'a> Writer<'_, '_, 'a> {
                 let mut name = Vec::new();
                 Writer { mapping: self.mapping, out: &mut name, spans: Vec::new(), depth: 0 }
                     .key(key_kind, key)?;
-                if let Some(earlier) = places.insert(name, entries.len()) {
-                    entries[earlier] = (key, value);
-                    continue;
+                match places.entry(name) {
+                    hash_map::Entry::Occupied(place) => {
+                        entries[*place.get()] = (key, value);
+                        continue;
+                    }
+                    hash_map::Entry::Vacant(place) => _ = place.insert(entries.len()),
                 }
             }
             entries.push((key, value));
