@@ -31,8 +31,9 @@ impl Artifacts {
     pub async fn run(self, duty: Duty) -> anyhow::Result<()> {
         loop {
             self.0.clock.sleep(EVERY).await;
-            // Two that collect at once do no harm: each row is deleted once, and bytes that are
-            // condemned stay so.
+            // One server alone. A second round at the same time, such as one that was held up here
+            // or asked for by an operator, could delete bytes that the first condemned, deleted and
+            // forgot, and that were kept again since.
             if duty.mandate().is_none() {
                 continue;
             }
