@@ -246,8 +246,9 @@ async fn a_reload_waits_for_what_runs_or_is_refused() {
     let unknown = reload(&api, POEM, Policy::Refuse).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound, "{unknown:?}");
     assert_eq!(reload(&api, BASE, Policy::Wait).await.expect("reloaded").models, [BASE]);
-    let task = api.get(&task).await;
-    assert_eq!((task.state(), task.attempt), (TaskState::Succeeded, 1), "it did not wait");
+    // Its end and the answer come by different streams.
+    let task = api.wait_for(&task, &[TaskState::Succeeded], SOON).await;
+    assert_eq!((task.attempt, task.handed_back_attempts), (1, 0), "it did not wait");
 
     let task = begun(&api, BASE).await;
     reload(&api, BASE, Policy::HandBack).await.expect("reloaded");
@@ -293,7 +294,8 @@ async fn a_drained_runner_takes_work_again_when_it_is_resumed() {
         ..default()
     };
     within("the drain", SOON, api.runners().drain_runner(drain)).await.expect("drained");
-    assert_eq!(api.get(&running).await.state(), TaskState::Succeeded);
+    let ended = api.wait_for(&running, &[TaskState::Succeeded], SOON).await;
+    assert_eq!((ended.attempt, ended.handed_back_attempts), (1, 0), "it was not finished");
     let seen = connected(&api).await;
     assert_eq!(seen.state(), runner::State::Draining);
     let command = &seen.commands[0];

@@ -88,7 +88,7 @@ async fn a_delayed_task_starts_on_time_wherever_it_was_accepted() {
     let late = site.clock.now().since(at);
     assert!(other.get(id).await.start_time.unwrap() >= at, "too early");
     assert!(late < Duration::from_secs(1), "{late:?} late");
-    assert_eq!(other.look().len(), 1);
+    assert_eq!(other.given_soon().await.len(), 1);
 }
 
 #[tokio::test]
@@ -108,7 +108,7 @@ async fn a_failed_attempt_is_tried_again_elsewhere_after_its_backoff_and_dead_le
             ledger.apply(id, event).await.unwrap()
         }
     };
-    assert_eq!(one.look().len(), 1);
+    assert_eq!(one.given_soon().await.len(), 1);
     fail(&one, 1).await;
     // Its only runner is gone for good, another server has one.
     let namespace = crate::id::Namespace::from("default");
@@ -116,7 +116,7 @@ async fn a_failed_attempt_is_tried_again_elsewhere_after_its_backoff_and_dead_le
     assert_eq!(one.get(id).await.namespace, namespace);
     other.connect(1);
     eventually("the second attempt", || async { other.get(id).await.attempt == 2 }).await;
-    assert_eq!(other.look().len(), 1);
+    assert_eq!(other.given_soon().await.len(), 1);
     assert_eq!(fail(&other, 2).await.state, State::DeadLettered);
     eventually("the dead letter", || async { site.redis.command("XLEN baton:dead") == ":1" }).await;
     assert_drained(&one).await;
@@ -144,7 +144,7 @@ async fn what_a_server_cannot_start_after_all_it_gives_back() {
     tokio::time::timeout(BOUND, given).await.unwrap();
     eventually("the start", || async { one.get(id).await.state == State::Running }).await;
     other.work();
-    assert_eq!(one.look().len(), 1);
+    assert_eq!(one.given_soon().await.len(), 1);
 }
 
 #[tokio::test]
@@ -189,7 +189,7 @@ async fn numbers_and_reasons_count_over_all_servers() {
     let id = one.submit(elsewhere).await;
     let explained = one.world.parts.queue.explain(&queue_entry(&one.get(id).await)).unwrap();
     assert_eq!(explained.reason, WaitReason::NoRunnerForModel);
-    assert_eq!(other.look().len(), 1);
+    assert_eq!(other.given_soon().await.len(), 1);
 }
 
 /// Nothing waits in Redis, and nothing is counted.

@@ -190,6 +190,21 @@ impl Member {
         fences
     }
 
+    /// Waits until the runner was given something: a start is sent after it is committed.
+    pub async fn given_soon(&mut self) -> Vec<Fence> {
+        let mut pause = tokio::time::interval(Duration::from_millis(5));
+        let looking = async {
+            loop {
+                let fences = self.look();
+                if !fences.is_empty() {
+                    return fences;
+                }
+                pause.tick().await;
+            }
+        };
+        tokio::time::timeout(BOUND, looking).await.expect("an assignment")
+    }
+
     /// The runner does all that it was given, and takes as much again.
     pub fn work(&mut self) -> usize {
         let fences = self.look();
