@@ -1,5 +1,18 @@
 //! What nobody needs any more is deleted: expired artifacts, those of tasks that are gone, uploads
 //! that nobody completed, and bytes that no artifact has.
+//!
+//! Any number of collectors may run at once, be held up between any two steps, and die:
+//!
+//! - Bytes are kept under their digest and a *generation*, drawn when their row of `artifact_bytes` is
+//!   made, and no other row ever has it.
+//! - To condemn is one transaction: the row goes from `artifact_bytes` to `artifact_garbage`. A commit
+//!   that refers to the bytes wrote the row before, and then it is not condemned; or it comes after,
+//!   finds no row of its generation and lists nothing.
+//! - Only what is garbage is deleted, and the row of garbage goes when the store has answered. Whoever
+//!   died before is followed by whoever comes next.
+//! - The same bytes may come again at any time: they get another row, another generation and another
+//!   place. A deletion that was sent for garbage, however late it is carried out and however often,
+//!   deletes a place where nobody looks any more, and nobody writes.
 
 use std::time::Duration;
 
@@ -31,9 +44,7 @@ impl Artifacts {
     pub async fn run(self, duty: Duty) -> anyhow::Result<()> {
         loop {
             self.0.clock.sleep(EVERY).await;
-            // One server alone. A second round at the same time, such as one that was held up here
-            // or asked for by an operator, could delete bytes that the first condemned, deleted and
-            // forgot, and that were kept again since.
+            // One server alone, so that nothing is asked for twice.
             if duty.mandate().is_none() {
                 continue;
             }
@@ -108,26 +119,39 @@ impl Artifacts {
     }
 
     async fn collect_bytes(&self) -> Result<(u64, u64)> {
-        let before = self.0.clock.now() - GRACE;
+        self.condemn_bytes().await?;
         let (mut n_files, mut n_bytes) = (0, 0);
         loop {
-            let condemn = self
-                .0
-                .db
-                .write(move |tx| Box::pin(async move { stored::condemn(tx, before, CHUNK).await }));
-            let condemned = condemn.await?;
-            if condemned.is_empty() {
+            let find =
+                self.0.db.read(move |tx| Box::pin(async move { stored::garbage(tx, CHUNK).await }));
+            let garbage = find.await?;
+            if garbage.is_empty() {
                 return Ok((n_files, n_bytes));
             }
-            for (key, size) in condemned {
+            for key in garbage {
+                // A row is made before its bytes come, and some never do.
+                let size = self.0.store.size(&key).await.map_err(super::keep::unwritable)?;
                 self.0.store.delete(&key).await.map_err(super::keep::unwritable)?;
                 let forget = self
                     .0
                     .db
                     .write(move |tx| Box::pin(async move { stored::forget(tx, &key).await }));
-                forget.await?;
-                n_files += 1;
-                n_bytes += size;
+                if let (true, Some(size)) = (forget.await?, size) {
+                    n_files += 1;
+                    n_bytes += size;
+                }
+            }
+        }
+    }
+
+    async fn condemn_bytes(&self) -> Result<()> {
+        loop {
+            let now = self.0.clock.now();
+            let condemn = self.0.db.write(move |tx| {
+                Box::pin(async move { stored::condemn(tx, now - GRACE, CHUNK, now).await })
+            });
+            if condemn.await? == 0 {
+                return Ok(());
             }
         }
     }

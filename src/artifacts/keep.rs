@@ -1,6 +1,6 @@
 //! From bytes to an artifact: checked against what was announced, kept, and only then listed.
 
-use std::{future::Future, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -21,10 +21,6 @@ use crate::{
 
 /// A request that puts bytes lives this long.
 const REQUEST_TTL: Duration = Duration::from_mins(15);
-/// Between two looks whether bytes that are being deleted are gone.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-/// Looks before the caller is asked to try again.
-const LOOKS: usize = 50;
 
 /// Where the whole of an upload can be put, until when.
 pub struct Target {
@@ -94,12 +90,11 @@ impl Artifacts {
 
     /// Whether the caller's namespace has the bytes of an upload already.
     pub async fn has_bytes(&self, upload: &Upload) -> Result<bool> {
-        let Some(key) = upload.spec.key() else { return Ok(false) };
-        let namespace = upload.namespace.clone();
-        let read = self
-            .0
-            .db
-            .read(move |tx| Box::pin(async move { store::has_bytes(tx, &namespace, &key).await }));
+        let Some(digest) = upload.spec.digest else { return Ok(false) };
+        let (namespace, kind) = (upload.namespace.clone(), upload.spec.kind.clone());
+        let read = self.0.db.read(move |tx| {
+            Box::pin(async move { store::has_bytes(tx, &namespace, &kind, digest).await })
+        });
         read.await
     }
 
@@ -135,8 +130,7 @@ impl Artifacts {
         let (digest, size) = (hasher.finish(), bytes.len() as u64);
         check_announced(&spec, digest, size)?;
         let new = self.new_artifact(&caller.namespace, &spec, Self::origin(caller), digest, size);
-        let key = new.key.clone();
-        self.commit(new, None, async { self.0.store.put(&key, bytes).await }).await
+        self.commit(new, None, async |key| self.0.store.put(&key, bytes).await).await
     }
 
     /// Makes an artifact of an upload whose bytes are there; returns the same one ever after.
@@ -146,21 +140,18 @@ impl Artifacts {
             return self.get_own(&upload.namespace, artifact).await;
         }
         if self.has_bytes(&upload).await?
-            && let (Some(key), Some(size)) = (upload.spec.key(), upload.spec.size)
+            && let (Some(digest), Some(size)) = (upload.spec.digest, upload.spec.size)
         {
             // From here on nobody deletes them; they may have been deleted until here.
-            let there = async {
-                match self.0.store.size(&key).await? {
-                    Some(found) if found == size => Ok(()),
-                    _ => Err(blob::Error::NotFound(key.digest)),
-                }
+            let there = async |key| match self.0.store.size(&key).await? {
+                Some(found) if found == size => Ok(()),
+                _ => Err(blob::Error::NotFound(digest)),
             };
-            return self.finish(&upload, key.digest, size, there).await;
+            return self.finish(&upload, digest, size, there).await;
         }
         if upload.spec.size == Some(upload.received) {
             // All of it came in pieces, and whoever sent it did not get to its end.
-            let opened = self.0.store.open(upload.bytes(), upload.checkpoint.clone()).await;
-            let sealed = opened.map_err(unwritable)?.finish().await.map_err(unwritable)?;
+            let sealed = self.open(&upload).await?.finish().await.map_err(unwritable)?;
             return self.seal(&upload, sealed).await;
         }
         let bytes = upload.bytes();
@@ -177,8 +168,8 @@ impl Artifacts {
             self.0.store.remove(&bytes, None).await.map_err(unwritable)?;
             return Err(error);
         }
-        let key = Key { kind: upload.spec.kind.clone(), digest };
-        self.finish(&upload, digest, size, async { self.0.store.promote(&bytes, &key).await }).await
+        let promote = async |key| self.0.store.promote(&bytes, &key).await;
+        self.finish(&upload, digest, size, promote).await
     }
 
     /// Ends an upload that nobody completed.
@@ -200,8 +191,29 @@ impl Artifacts {
             self.note(upload.id, None).await?;
             return Err(error);
         }
-        let key = Key { kind: upload.spec.kind.clone(), digest };
-        self.finish(upload, digest, size, async { sealed.keep(&key).await }).await
+        self.finish(upload, digest, size, async |key| sealed.keep(&key).await).await
+    }
+
+    /// A writer that goes on where the upload is.
+    pub(super) async fn open(&self, upload: &Upload) -> Result<blob::Writer> {
+        let mut bytes = upload.bytes();
+        if let Some(digest) = upload.spec.digest.filter(|_| self.0.store.writes_in_place()) {
+            let new = self.new_key(&upload.spec.kind, digest);
+            let (size, now) = (upload.spec.size.unwrap_or(0), self.0.clock.now());
+            let touch = self
+                .0
+                .db
+                .write(move |tx| Box::pin(async move { stored::touch(tx, new, size, now).await }));
+            bytes.place = Some(touch.await?);
+        }
+        let opened = self.0.store.open(bytes, upload.checkpoint.clone()).await;
+        opened.map_err(unwritable)
+    }
+
+    /// A key of bytes that are in no store.
+    fn new_key(&self, kind: &str, digest: Digest) -> Key {
+        let generation = format!("{:016x}", self.0.entropy.u64());
+        Key { kind: kind.to_owned(), digest, generation }
     }
 
     /// Notes how far an upload has come.
@@ -221,7 +233,7 @@ impl Artifacts {
         upload: &Upload,
         digest: Digest,
         size: u64,
-        keep: impl Future<Output = Result<(), blob::Error>> + Send,
+        keep: impl AsyncFnOnce(Key) -> Result<(), blob::Error>,
     ) -> Result<Artifact> {
         let (spec, origin) = (&upload.spec, upload.origin.clone());
         let new = self.new_artifact(&upload.namespace, spec, origin, digest, size);
@@ -251,7 +263,7 @@ impl Artifacts {
         read.await
     }
 
-    fn new_artifact(
+    pub(super) fn new_artifact(
         &self,
         namespace: &Namespace,
         spec: &Spec,
@@ -268,7 +280,7 @@ impl Artifacts {
             namespace: namespace.clone(),
             name: spec.name.clone(),
             mime_type: spec.mime_type.clone(),
-            key: Key { kind: spec.kind.clone(), digest },
+            key: self.new_key(&spec.kind, digest),
             size,
             origin,
             create_time: now,
@@ -276,54 +288,52 @@ impl Artifacts {
         }
     }
 
-    /// Keeps the bytes of `new`, then lists it.
-    async fn commit(
+    /// Keeps the bytes of `new` at their key, then lists it.
+    pub(super) async fn commit(
         &self,
-        new: Artifact,
+        mut new: Artifact,
         upload: Option<UploadId>,
-        keep: impl Future<Output = Result<(), blob::Error>> + Send,
+        keep: impl AsyncFnOnce(Key) -> Result<(), blob::Error>,
     ) -> Result<Artifact> {
         self.check_size(new.size)?;
-        self.reserve(&new).await?;
-        keep.await.map_err(unwritable)?;
+        new.key = self.reserve(&new).await?;
+        keep(new.key.clone()).await.map_err(unwritable)?;
         let artifacts = self.clone();
         let listed = self.0.db.write(move |tx| {
             Box::pin(async move {
                 check_lease(tx, &new.namespace, &new.origin, Lease::Held).await?;
                 artifacts.check_room(tx, &new.namespace, new.size).await?;
+                let now = artifacts.0.clock.now();
+                if !stored::confirm(tx, &new.key, new.size, now).await? {
+                    // What was kept after it was condemned, somebody must delete again.
+                    stored::discard(tx, &new.key, now).await?;
+                    return Ok(None);
+                }
                 if let Some(upload) = upload
                     && !uploads::complete(tx, upload, new.id, new.size).await?
                 {
                     let message = format!("upload `{upload}` ended at the same time");
                     return Err(Error::new(Kind::Aborted, Reason::Conflict, message));
                 }
-                if !stored::confirm(tx, &new.key, artifacts.0.clock.now()).await? {
-                    return Err(deleting());
-                }
                 store::insert(tx, &new).await?;
-                Ok(new)
+                Ok(Some(new))
             })
         });
-        listed.await
+        listed.await?.ok_or_else(too_slow)
     }
 
-    /// Makes sure that the bytes to be kept have a row, and that nobody deletes them.
-    async fn reserve(&self, new: &Artifact) -> Result<()> {
-        for _ in 0..LOOKS {
-            let (artifacts, new) = (self.clone(), new.clone());
-            let touch = self.0.db.write(move |tx| {
-                Box::pin(async move {
-                    check_lease(tx, &new.namespace, &new.origin, Lease::Held).await?;
-                    artifacts.check_room(tx, &new.namespace, new.size).await?;
-                    stored::touch(tx, &new.key, new.size, artifacts.0.clock.now()).await
-                })
-            });
-            if touch.await? {
-                return Ok(());
-            }
-            self.0.clock.sleep(LOOK_AGAIN).await;
-        }
-        Err(deleting())
+    /// Makes sure that the bytes to be kept have a row, and that nobody deletes them; returns their
+    /// key.
+    async fn reserve(&self, new: &Artifact) -> Result<Key> {
+        let (artifacts, new) = (self.clone(), new.clone());
+        let touch = self.0.db.write(move |tx| {
+            Box::pin(async move {
+                check_lease(tx, &new.namespace, &new.origin, Lease::Held).await?;
+                artifacts.check_room(tx, &new.namespace, new.size).await?;
+                stored::touch(tx, new.key, new.size, artifacts.0.clock.now()).await
+            })
+        });
+        touch.await
     }
 
     /// Refuses what is larger than an artifact may be.
@@ -359,8 +369,8 @@ fn refused(policy: &'static str, message: String) -> Error {
         .retry_after(Duration::from_mins(1))
 }
 
-fn deleting() -> Error {
-    let message = "the same bytes are being deleted at this moment; try again";
+fn too_slow() -> Error {
+    let message = "the bytes took so long to be kept that they are deleted again; try again";
     Error::new(Kind::Unavailable, Reason::Conflict, message).retry_after(Duration::from_secs(1))
 }
 

@@ -8,9 +8,9 @@
 //! ```
 //!
 //! Invariants: a row of `artifacts` is written after its bytes are kept, whole, on stable storage; no
-//! bytes are kept that `artifact_bytes` has no row of; bytes are deleted only while their row is
-//! marked, and nobody refers to marked bytes. What an attempt made is accepted in a transaction
-//! that sees the attempt hold its lease. Names are for people and are never part of a path.
+//! bytes are kept that `artifact_bytes` has no row of; bytes are deleted only after their row went to
+//! `artifact_garbage`, and nobody ever refers to those again. What an attempt made is accepted in a
+//! transaction that sees the attempt hold its lease. Names are for people and are never part of a path.
 
 mod collect;
 mod convert;

@@ -19,7 +19,7 @@ pub struct Artifact {
     pub name: String,
     /// Media type.
     pub mime_type: String,
-    /// Type and digest: where the bytes are.
+    /// Type, digest and generation: where the bytes are.
     pub key: Key,
     /// In bytes.
     pub size: u64,
@@ -83,14 +83,8 @@ pub struct Upload {
 impl Upload {
     /// As the store of bytes wants it.
     pub fn bytes(&self) -> Bytes {
-        Bytes { id: self.id.0, key: self.spec.key(), size: self.spec.size }
-    }
-}
-
-impl Spec {
-    /// Where the bytes will be, when their digest was announced.
-    pub fn key(&self) -> Option<Key> {
-        self.digest.map(|digest| Key { kind: self.kind.clone(), digest })
+        let Spec { digest, size, .. } = self.spec;
+        Bytes { id: self.id.0, digest, place: None, size }
     }
 }
 

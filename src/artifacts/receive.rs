@@ -47,8 +47,7 @@ impl Artifacts {
             );
             return Err(Error::invalid("upload.offset", what));
         }
-        let opened = self.0.store.open(upload.bytes(), upload.checkpoint.clone()).await;
-        let writer = opened.map_err(unwritable)?;
+        let writer = self.open(&upload).await?;
         Ok(Receiver { artifacts: self.clone(), upload, writer, received: offset })
     }
 }

@@ -153,7 +153,9 @@ pub async fn direct(n_bytes: u64) -> anyhow::Result<Outcome> {
     let id = UploadId::new(clock.now(), &Entropy::system()).0;
     let before = rss_kib(std::process::id());
     let started = now_ns();
-    let mut writer = store.open(blob::Upload { id, key: None, size: Some(n_bytes) }, None).await?;
+    let mut writer = store
+        .open(blob::Upload { id, digest: None, place: None, size: Some(n_bytes) }, None)
+        .await?;
     let Noise { block, mut left } = noise(n_bytes);
     while left > 0 {
         let piece = block.slice(..block.len().min(usize::try_from(left)?));
@@ -161,7 +163,7 @@ pub async fn direct(n_bytes: u64) -> anyhow::Result<Outcome> {
         writer.write(piece).await?;
     }
     let sealed = writer.finish().await?;
-    let key = blob::Key { kind: "bench".into(), digest: sealed.digest };
+    let key = blob::Key { kind: "bench".into(), digest: sealed.digest, generation: String::new() };
     sealed.keep(&key).await?;
     let up = rate(n_bytes, started);
     let started = now_ns();

@@ -1,4 +1,5 @@
-//! Artifacts' bytes as local files: `<root>/blobs/<kind>/ab/cd…`, uploads as `<root>/uploads/<id>`.
+//! Artifacts' bytes as local files: `<root>/blobs/<kind>/ab/cd…-<generation>`, uploads as
+//! `<root>/uploads/<id>`.
 //!
 //! An upload is written in the background while more of it comes, synced, renamed to its name, and
 //! the directory synced: a name that is there has all its bytes. Files are opened without following

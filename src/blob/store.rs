@@ -23,19 +23,46 @@ use super::{
 /// The bytes of a blob, in order.
 pub type Pieces = BoxStream<'static, Result<Bytes, Error>>;
 
-/// The place of complete bytes: a kind, which is a prefix of its own, and their digest.
+/// The place of complete bytes: a kind, which is a prefix of its own, their digest, and which of
+/// the times it is that these bytes are kept.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
     /// Letters, digits and dashes.
     pub kind: String,
     /// Of the bytes.
     pub digest: Digest,
+    /// Hexadecimal digits that no two times have in common, so that whoever deletes what was kept
+    /// once, however late, deletes nothing that was kept since. Empty for bytes of versions that had
+    /// none.
+    pub generation: String,
+}
+
+impl Key {
+    /// The part of the key that follows the kind, as one word.
+    pub fn name(&self) -> String {
+        match self.generation.as_str() {
+            "" => self.digest.to_string(),
+            generation => format!("{}-{generation}", self.digest),
+        }
+    }
+
+    /// The key of that kind and name; `None` when none has such a name.
+    pub fn named(kind: &str, name: &str) -> Option<Self> {
+        let (digest, generation) = match name.split_once('-') {
+            Some((digest, generation)) if !generation.is_empty() => (digest, generation),
+            Some(_) => return None,
+            None => (name, ""),
+        };
+        let is_sound = generation.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        let digest = digest.parse().ok().filter(|_| is_sound)?;
+        Some(Self { kind: kind.to_owned(), digest, generation: generation.to_owned() })
+    }
 }
 
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let digest = self.digest.to_string();
-        write!(f, "{}/{}/{}", self.kind, &digest[..2], &digest[2..])
+        let name = self.name();
+        write!(f, "{}/{}/{}", self.kind, &name[..2], &name[2..])
     }
 }
 
@@ -44,8 +71,10 @@ impl fmt::Display for Key {
 pub struct Upload {
     /// Its name.
     pub id: Uuid,
-    /// Where they are kept in the end, when their digest was announced.
-    pub key: Option<Key>,
+    /// Of the bytes, when it was announced.
+    pub digest: Option<Digest>,
+    /// Where they will be kept, when that is known already: a bucket takes their parts there.
+    pub place: Option<Key>,
     /// Their number, when it was announced.
     pub size: Option<u64>,
 }
@@ -226,6 +255,11 @@ impl Store {
 
     /// Whether others put bytes here by themselves, with presigned requests.
     pub fn takes_requests(&self) -> bool {
+        !matches!(self.kind, Kind::Files(_))
+    }
+
+    /// Whether an upload that knows its place is written there from the beginning.
+    pub fn writes_in_place(&self) -> bool {
         !matches!(self.kind, Kind::Files(_))
     }
 

@@ -292,7 +292,7 @@ async fn try_out(store: &Store) -> Result<(), crate::blob::Error> {
     let mut hasher = Hasher::default();
     hasher.update(text.as_bytes());
     let digest: Digest = hasher.finish();
-    let key = Key { kind: "doctor".into(), digest };
+    let key = Key { kind: "doctor".into(), digest, generation: String::new() };
     let size = text.len() as u64;
     store.put(&key, Bytes::from(text)).await?;
     let found = store.size(&key).await?;

@@ -117,21 +117,25 @@ impl<W: AsyncWrite + Unpin> Export<'_, W> {
     }
 
     async fn artifacts(&mut self, table: &Table) -> Result<()> {
-        let places = ["type", "sha256", "size_bytes"].map(|name| place(table, name));
+        let places = ["type", "sha256", "generation", "size_bytes"].map(|name| place(table, name));
         let mut rows = self.snapshot.rows(table, only(&table.name));
         while let Some(row) = rows.try_next().await? {
-            let [Some(Cell::Text(kind)), Some(Cell::Text(digest)), Some(Cell::Int(size))] =
-                places.map(|place| place.and_then(|at| row.get(at)).cloned())
+            let [
+                Some(Cell::Text(kind)),
+                Some(Cell::Text(digest)),
+                Some(Cell::Text(generation)),
+                Some(Cell::Int(size)),
+            ] = places.map(|place| place.and_then(|at| row.get(at)).cloned())
             else {
                 return Err(Error::internal("artifact_bytes has other columns"));
             };
             let digest: Digest = digest.parse().map_err(Error::internal)?;
-            let (key, size) = (Key { kind, digest }, size.unsigned_abs());
+            let (key, size) = (Key { kind, digest, generation }, size.unsigned_abs());
             let mut pieces = match self.bytes.artifacts.read(&key, 0, size).await {
                 Ok(pieces) => pieces,
                 Err(error) => return Err(unreadable(&key, error)),
             };
-            self.tape.begin(&format!("artifacts/{}/{digest}", key.kind), size).await?;
+            self.tape.begin(&format!("artifacts/{}/{}", key.kind, key.name()), size).await?;
             let mut hasher = Hasher::default();
             while let Some(piece) =
                 pieces.try_next().await.map_err(|error| unreadable(&key, error))?

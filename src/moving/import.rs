@@ -225,9 +225,9 @@ impl<R: AsyncRead + Unpin> Import<'_, R> {
         while let Some(entry) = self.tape.next().await? {
             let mut parts = entry.path.splitn(3, '/');
             match (parts.next(), parts.next(), parts.next()) {
-                (Some("artifacts"), Some(kind), Some(digest)) if is_kind(kind) => {
-                    let digest = digest.parse().map_err(damaged)?;
-                    let key = Key { kind: kind.to_owned(), digest };
+                (Some("artifacts"), Some(kind), Some(name)) if is_kind(kind) => {
+                    let key = Key::named(kind, name)
+                        .ok_or_else(|| damaged(format!("`{name}` names no bytes")))?;
                     self.artifact(key, entry.size).await?;
                 }
                 (Some("transcripts"), Some(digest), None) => {
@@ -372,7 +372,12 @@ impl<R: AsyncRead + Unpin> Import<'_, R> {
             return Ok(());
         }
         let id = UploadId::new(self.now, &Entropy::system()).0;
-        let upload = blob::Upload { id, key: Some(key.clone()), size: Some(size) };
+        let upload = blob::Upload {
+            id,
+            digest: Some(key.digest),
+            place: Some(key.clone()),
+            size: Some(size),
+        };
         let mut writer = store.open(upload, None).await.map_err(Error::storage)?;
         while let Some(piece) = self.tape.read().await? {
             writer.write(piece).await.map_err(Error::storage)?;

@@ -33,7 +33,8 @@ const FORMAT: u32 = 1;
 /// Tables of servers that run, which mean nothing elsewhere.
 const OF_SERVERS: &[&str] = &["instances", "locks", "runners", "runner_orders"];
 
-/// What of a table travels: uploads that are complete, and bytes that an artifact has.
+/// What of a table travels: uploads that are complete, and bytes that an artifact has. Bytes that
+/// are to be deleted lie where they are; what is imported in place of everything is not among them.
 fn only(table: &str) -> &'static str {
     match table {
         "uploads" => "artifact_id IS NOT NULL",
@@ -41,6 +42,7 @@ fn only(table: &str) -> &'static str {
             "deleting = 0 AND EXISTS (SELECT 1 FROM artifacts a
              WHERE a.type = artifact_bytes.type AND a.sha256 = artifact_bytes.sha256)"
         }
+        "artifact_garbage" => "FALSE",
         _ => "",
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::model::{Artifact, Origin};
 use crate::{
-    blob::Key,
+    blob::{Digest, Key},
     clock::Micros,
     db::{FromRow, Row, Sql, Statement, Tx},
     error::{Error, Result},
@@ -35,7 +35,7 @@ fn origin(row: &Row, first: usize) -> Result<Origin> {
 macro_rules! columns {
     () => {
         "id, namespace, name, type, mime_type, size_bytes, sha256, task_id, attempt, created_by, \
-         create_time, expire_time"
+         create_time, expire_time, generation"
     };
 }
 
@@ -46,7 +46,7 @@ impl FromRow for Artifact {
             namespace: row.get(1)?,
             name: row.get(2)?,
             mime_type: row.get(4)?,
-            key: Key { kind: row.get(3)?, digest: row.parse(6)? },
+            key: Key { kind: row.get(3)?, digest: row.parse(6)?, generation: row.get(12)? },
             size: row.get(5)?,
             origin: origin(row, 7)?,
             create_time: row.get(10)?,
@@ -58,7 +58,7 @@ impl FromRow for Artifact {
 const INSERT: Sql = Sql::new(concat!(
     "INSERT INTO artifacts (",
     columns!(),
-    ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+    ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"
 ));
 const ADD_USAGE: Sql = Sql::new(
     "INSERT INTO artifact_usage (namespace, artifacts, bytes) VALUES ($1, 1, $2)
@@ -73,7 +73,7 @@ pub async fn insert(tx: &mut Tx, artifact: &Artifact) -> Result<()> {
     let insert = insert.bind(&artifact.key.kind).bind(&artifact.mime_type).bind(int(artifact.size));
     let insert = insert.bind(artifact.key.digest.to_string()).bind(task).bind(attempt.unwrap_or(0));
     let insert = insert.bind(&artifact.origin.by).bind(artifact.create_time);
-    insert.bind(artifact.expire_time).run().await?;
+    insert.bind(artifact.expire_time).bind(&artifact.key.generation).run().await?;
     let add = tx.query(ADD_USAGE).bind(&artifact.namespace).bind(int(artifact.size));
     add.run().await.map(drop)
 }
@@ -117,8 +117,13 @@ const HAS_BYTES: Sql =
     Sql::new("SELECT COUNT(*) FROM artifacts WHERE type = $1 AND sha256 = $2 AND namespace = $3");
 
 /// Whether the namespace has an artifact with these bytes.
-pub async fn has_bytes(tx: &mut Tx, namespace: &Namespace, key: &Key) -> Result<bool> {
-    let count = tx.query(HAS_BYTES).bind(&key.kind).bind(key.digest.to_string()).bind(namespace);
+pub async fn has_bytes(
+    tx: &mut Tx,
+    namespace: &Namespace,
+    kind: &str,
+    digest: Digest,
+) -> Result<bool> {
+    let count = tx.query(HAS_BYTES).bind(kind).bind(digest.to_string()).bind(namespace);
     let (n,): (i64,) = count.one().await?;
     Ok(n > 0)
 }

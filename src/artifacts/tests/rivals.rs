@@ -122,24 +122,25 @@ async fn bytes_that_somebody_comes_to_refer_to_are_not_condemned() {
     world.clock.advance(HOUR);
     let now = world.clock.now();
     let mut write = world.db.begin().await.unwrap();
-    assert!(stored::confirm(write.tx(), &artifact.key, now).await.unwrap());
+    assert!(stored::confirm(write.tx(), &artifact.key, artifact.size, now).await.unwrap());
+    let size = artifact.size;
     let condemn = world.db.write(move |tx| {
-        Box::pin(async move { stored::condemn(tx, now - Duration::from_mins(30), 10).await })
+        Box::pin(async move { stored::condemn(tx, now - Duration::from_mins(30), 10, now).await })
     });
     let commit = async {
         until_somebody_waits(&world).await;
         write.commit().await.unwrap();
     };
     let (condemned, ()) = tokio::join!(condemn, commit);
-    assert_eq!(condemned.unwrap(), []);
+    assert_eq!(condemned.unwrap(), 0);
     // And who comes too late is told.
-    let condemn = world
-        .db
-        .write(move |tx| Box::pin(async move { stored::condemn(tx, now, 10).await.map(drop) }));
-    condemn.await.unwrap();
+    let condemn =
+        world.db.write(move |tx| Box::pin(async move { stored::condemn(tx, now, 10, now).await }));
+    assert_eq!(condemn.await.unwrap(), 1);
     let key = artifact.key.clone();
-    let confirm =
-        world.db.write(move |tx| Box::pin(async move { stored::confirm(tx, &key, now).await }));
+    let confirm = world
+        .db
+        .write(move |tx| Box::pin(async move { stored::confirm(tx, &key, size, now).await }));
     assert!(!confirm.await.unwrap());
 }
 

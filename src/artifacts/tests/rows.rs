@@ -31,3 +31,16 @@ const DELETE: Sql = Sql::new("DELETE FROM tasks WHERE id = $1");
 pub async fn delete_task(tx: &mut Tx, task: TaskId) -> Result<()> {
     tx.query(DELETE).bind(task).run().await.map(drop)
 }
+
+const FORGET_GENERATIONS: [Sql; 2] = [
+    Sql::new("UPDATE artifacts SET generation = ''"),
+    Sql::new("UPDATE artifact_bytes SET generation = ''"),
+];
+
+/// What there is was made by a version that had no generations.
+pub async fn forget_generations(tx: &mut Tx) -> Result<()> {
+    for sql in FORGET_GENERATIONS {
+        tx.query(sql).run().await?;
+    }
+    Ok(())
+}

@@ -1,5 +1,5 @@
-//! Artifacts' bytes in a bucket: `<prefix>/blobs/<kind>/ab/cd…`, uploads as `<prefix>/uploads/<id>`
-//! or as parts that the bucket shows to nobody.
+//! Artifacts' bytes in a bucket: `<prefix>/blobs/<kind>/ab/cd…-<generation>`, uploads as
+//! `<prefix>/uploads/<id>` or as parts that the bucket shows to nobody.
 //!
 //! Any S3-compatible server will do: nothing here relies on conditional writes, and the SDK's own
 //! checksums, which not every server understands, are left to where an operation needs them. What
@@ -146,6 +146,12 @@ impl Bucket {
         format!("{}uploads/{}", self.0.prefix, id.as_hyphenated())
     }
 
+    /// Whether an object is an upload's own. Any other is deleted by whoever keeps the references.
+    fn is_staged(&self, object: &str) -> bool {
+        let name = object.strip_prefix(&self.0.prefix);
+        name.is_some_and(|name| name.starts_with("uploads/"))
+    }
+
     pub(super) async fn put(&self, key: &Key, bytes: Bytes) -> Result<(), Error> {
         self.put_at(self.object(key), bytes).await
     }
@@ -181,7 +187,7 @@ impl Bucket {
         upload: &Upload,
         expires_in: Duration,
     ) -> Result<Option<Presigned>, Error> {
-        let (Some(size), Some(key)) = (upload.size, &upload.key) else { return Ok(None) };
+        let (Some(size), Some(digest)) = (upload.size, upload.digest) else { return Ok(None) };
         if size > MOST_AT_ONCE {
             return Ok(None);
         }
@@ -191,7 +197,7 @@ impl Bucket {
         // What is part of the signature cannot be chosen by who uses it.
         let put = put
             .content_length(i64::try_from(size).unwrap_or(i64::MAX))
-            .checksum_sha256(STANDARD.encode(key.digest.0));
+            .checksum_sha256(STANDARD.encode(digest.0));
         let request = put.presigned(config).await.map_err(failed)?;
         let headers = request.headers();
         Ok(Some(Presigned {

@@ -114,7 +114,7 @@ impl Writer {
     async fn send(&mut self, part: Bytes) -> Result<(), Error> {
         let lost = || Error::Bucket("an earlier part failed".into());
         if self.multipart.is_none() {
-            let object = match &self.upload.key {
+            let object = match &self.upload.place {
                 Some(key) => self.bucket.object(key),
                 None => self.bucket.staged(self.upload.id),
             };
@@ -197,14 +197,20 @@ impl End {
                 }
                 if let Err(error) = self.bucket.complete(&multipart).await {
                     // It may have been completed before, by a call that did not get to say so.
-                    let there = direct && self.bucket.size(key).await? == Some(size);
-                    return if there { Ok(()) } else { Err(error) };
+                    let object = multipart.object.clone();
+                    if self.bucket.size_at(object).await? != Some(size) {
+                        let kept = self.bucket.size(key).await? == Some(size);
+                        return if kept { Ok(()) } else { Err(error) };
+                    }
                 }
                 if direct {
                     return Ok(());
                 }
                 self.bucket.copy(&multipart.object, key).await?;
-                self.bucket.delete_object(multipart.object).await
+                if self.bucket.is_staged(&multipart.object) {
+                    self.bucket.delete_object(multipart.object).await?;
+                }
+                Ok(())
             }
         }
     }
