@@ -178,9 +178,9 @@ impl Log {
         mut encode: impl FnMut(usize, u64, u64, &mut BytesMut) -> Encoded,
     ) -> Result<Appended, Refused> {
         let limits = &self.books().limits;
-        let (appended, added, woken, dirtied, short) = {
+        let (appended, added, woken, dirtied, urgent) = {
             let mut guard = self.lock();
-            let Inner { kept, live, buffer, dirty, waiting, .. } = &mut *guard;
+            let Inner { kept, live, buffer, dirty, fresh, waiting, .. } = &mut *guard;
             let live = live_attempt(live, attempt)?;
             if live.frozen {
                 return Err(Refused::Frozen);
@@ -222,13 +222,15 @@ impl Log {
 
             live.clear_doubt(kept.head);
             let short = accepted < count || live.left(kept.head) < MIN_RESERVE / 4;
+            *fresh += added;
+            let urgent = short || *fresh >= limits.hurry_log_bytes;
             let dirtied = (added > 0 || short) && !std::mem::replace(dirty, true);
             let woken = if added > 0 { waiting.wake() } else { Woken::default() };
             let next_index = kept.head + 1 - live.base;
             self.books().bytes.fetch_add(added, Relaxed);
             self.books().unrecorded.fetch_add(added, Relaxed);
             self.trim(kept);
-            (Appended { next_index, accepted }, added, woken, dirtied, short)
+            (Appended { next_index, accepted }, added, woken, dirtied, urgent)
         };
         woken.send(&self.books().fan_out);
         if dirtied {
@@ -236,7 +238,7 @@ impl Log {
             self.books().dirtied.notify_one();
         }
         let fresh = self.books().fresh.fetch_add(added, Relaxed) + added;
-        if added > 0 && (short || fresh >= limits.hurry_bytes) || dirtied && short {
+        if added > 0 && (urgent || fresh >= limits.hurry_bytes) || dirtied && urgent {
             self.books().hurried.notify_one();
         }
         Ok(appended)
@@ -276,6 +278,7 @@ impl Log {
     pub fn take_unrecorded(&self) -> Option<SegmentData> {
         let mut inner = self.lock();
         inner.dirty = false;
+        inner.fresh = 0;
         let Inner { kept, live, .. } = &mut *inner;
         let live = live.as_mut().filter(|live| !live.frozen && live.taken.is_none())?;
         let mut segment = self.segment(kept, live);

@@ -71,6 +71,8 @@ pub(super) struct Inner {
     pub(super) live: Option<Live>,
     /// In the list of dirty logs.
     pub(super) dirty: bool,
+    /// Bytes appended since the recorder last took some.
+    pub(super) fresh: usize,
     /// In the list of logs that may be idle.
     idle: bool,
     /// Frames are written here one behind the other and split off.

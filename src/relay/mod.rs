@@ -17,6 +17,8 @@ mod attempt;
 mod far;
 #[cfg(test)]
 mod far_tests;
+#[cfg(test)]
+mod hurry_tests;
 mod log;
 mod segment;
 mod subscriber;
@@ -57,7 +59,9 @@ pub struct Limits {
     pub total_bytes: usize,
     /// Bytes of one log not yet on stable storage above which it takes no more.
     pub unrecorded_bytes: usize,
-    /// Bytes not yet on stable storage, in all, at which the recorder is hurried.
+    /// Bytes appended to one log since it was last recorded, at which the recorder is hurried.
+    pub hurry_log_bytes: usize,
+    /// The same of all logs together.
     pub hurry_bytes: usize,
     /// Bytes that a subscriber is handed at once; at least one frame.
     pub batch_bytes: usize,
@@ -69,7 +73,8 @@ impl Default for Limits {
             log_bytes: 1 << 20,
             total_bytes: 256 << 20,
             unrecorded_bytes: 4 << 20,
-            hurry_bytes: 256 << 10,
+            hurry_log_bytes: 256 << 10,
+            hurry_bytes: 4 << 20,
             batch_bytes: 32 << 10,
         }
     }

@@ -19,11 +19,17 @@ const TIGHT: Limits = Limits {
     log_bytes: 900,
     total_bytes: 700,
     unrecorded_bytes: 1_500,
+    hurry_log_bytes: 300,
     hurry_bytes: 300,
     batch_bytes: 40,
 };
 
-fn append(log: &Arc<Log>, attempt: u32, first: u64, count: usize) -> Result<Appended, Refused> {
+pub(super) fn append(
+    log: &Arc<Log>,
+    attempt: u32,
+    first: u64,
+    count: usize,
+) -> Result<Appended, Refused> {
     log.append(attempt, first, count, |_, sequence, token, buffer| {
         buffer.put_slice(token_text(attempt, sequence, token).as_bytes());
         if sequence % 5 == 0 { Encoded::Timeline } else { Encoded::Token }
@@ -358,7 +364,7 @@ fn running() -> (Relay, Arc<Log>) {
     (relay, log)
 }
 
-fn record(log: &Arc<Log>) -> usize {
+pub(super) fn record(log: &Arc<Log>) -> usize {
     let Some(segment) = log.take_unrecorded() else { return 0 };
     log.recorded(segment.last, segment.reserve_to.unwrap_or(0));
     segment.frames.len()

@@ -14,6 +14,7 @@ const TIGHT: Limits = Limits {
     log_bytes: 900,
     total_bytes: 700,
     unrecorded_bytes: 1_500,
+    hurry_log_bytes: 300,
     hurry_bytes: 300,
     batch_bytes: 40,
 };

@@ -16,6 +16,7 @@ const LIMITS: Limits = Limits {
     log_bytes: 20_000,
     total_bytes: 50_000,
     unrecorded_bytes: 100_000,
+    hurry_log_bytes: 1_000,
     hurry_bytes: 1_000,
     batch_bytes: 500,
 };

@@ -1,8 +1,9 @@
 //! The loop that brings what runners sent to stable storage in the background.
 //!
-//! Every 400 ms, or at once when much is waiting or a log needs more sequences, it takes what
-//! the logs have not recorded and gives all of it to the ledger in few transactions. Only then
-//! do logs acknowledge it and may drop it from memory. It also has the relay keep its bounds.
+//! Every 400 ms (up to every second where many logs grow), or at once when much is waiting or a log
+//! needs more sequences, it takes what the logs have not recorded and gives all of it to the ledger
+//! in few transactions. Only then do logs acknowledge it and may drop it from memory. It also has
+//! the relay keep its bounds.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,8 +17,15 @@ use crate::{
     telemetry::Metrics,
 };
 
+/// Least time between two passes.
+const SHORTEST: Duration = Duration::from_millis(400);
+
 /// Longest time that an event waits to be recorded.
-const INTERVAL: Duration = Duration::from_millis(400);
+const LONGEST: Duration = Duration::from_secs(1);
+
+/// What each log that grew adds to the time: a row costs its write, whatever is in it, so from 80
+/// logs on there are 200 rows a second, until the longest time is reached.
+const PER_LOG: Duration = Duration::from_millis(5);
 
 /// Pause after a failure, so that failing storage is not hammered.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -44,10 +52,11 @@ impl Recorder {
 
     /// Records for ever; after `last_call`, when no runner can send any more, a last time.
     pub async fn run(self, last_call: CancellationToken) -> anyhow::Result<()> {
+        let mut interval = SHORTEST;
         while !last_call.is_cancelled() {
             tokio::select! {
                 () = self.relay.dirty_notified() => tokio::select! {
-                    () = self.clock.sleep(INTERVAL) => {}
+                    () = self.clock.sleep(interval) => {}
                     () = self.relay.hurried() => {}
                     () = last_call.cancelled() => {}
                 },
@@ -57,11 +66,14 @@ impl Recorder {
             let recorded = self.run_once().await;
             self.relay.evict();
             self.measure();
-            if let Err(error) = recorded {
-                tracing::warn!(%error, "events wait to be recorded");
-                tokio::select! {
-                    () = self.clock.sleep(PAUSE) => {}
-                    () = last_call.cancelled() => {}
+            match recorded {
+                Ok(n_logs) => interval = interval_after(n_logs),
+                Err(error) => {
+                    tracing::warn!(%error, "events wait to be recorded");
+                    tokio::select! {
+                        () = self.clock.sleep(PAUSE) => {}
+                        () = last_call.cancelled() => {}
+                    }
                 }
             }
         }
@@ -112,5 +124,22 @@ impl Recorder {
         self.metrics.relay_bytes.set(stats.bytes as i64);
         self.metrics.relay_logs.set(stats.logs as i64);
         self.metrics.relay_subscribers.set(stats.subscribers as i64);
+    }
+}
+
+/// Time until the next pass, after one that recorded so many logs.
+fn interval_after(n_logs: usize) -> Duration {
+    let time = PER_LOG.saturating_mul(n_logs.try_into().unwrap_or(u32::MAX));
+    time.clamp(SHORTEST, LONGEST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_logs_are_recorded_less_often_but_each_second() {
+        let ms = |n_logs| interval_after(n_logs).as_millis();
+        assert_eq!([0, 80, 120, 200, usize::MAX].map(ms), [400, 400, 600, 1000, 1000]);
     }
 }
