@@ -1,6 +1,6 @@
 //! Typed ids, and the randomness that they and jitter are made of.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{cell::RefCell, fmt, str::FromStr, sync::Arc};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -131,6 +131,34 @@ impl Namespace {
     pub const DEFAULT: &'static str = "default";
 }
 
+/// Randomness of the operating system, asked for many ids at once: a call of its own for each is
+/// a fiftieth of what a task costs. What was given is not kept.
+struct Pool {
+    bytes: [u8; 1024],
+    n_left: usize,
+}
+
+thread_local! {
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { bytes: [0; 1024], n_left: 0 }) };
+}
+
+impl Pool {
+    /// Longest piece.
+    const LARGEST: usize = 16;
+
+    fn take(&mut self, buf: &mut [u8]) -> Result<(), getrandom::Error> {
+        if self.n_left < buf.len() {
+            getrandom::fill(&mut self.bytes)?;
+            self.n_left = self.bytes.len();
+        }
+        let given = &mut self.bytes[self.n_left - buf.len()..self.n_left];
+        buf.copy_from_slice(given);
+        given.fill(0);
+        self.n_left -= buf.len();
+        Ok(())
+    }
+}
+
 /// Randomness as a port: the system's, or a seeded stream for simulations.
 #[derive(Clone, Debug, Default)]
 pub struct Entropy(Option<Arc<Mutex<u64>>>);
@@ -146,13 +174,18 @@ impl Entropy {
         Self(Some(Arc::new(Mutex::new(seed))))
     }
 
-    /// Fills `buf` with random bytes.
+    /// Fills `buf` with random bytes. What is longer than an id, such as a key, is asked of the
+    /// operating system by itself.
     ///
     /// # Panics
     /// When the operating system has no randomness to give.
     #[expect(clippy::expect_used, reason = "no key may ever be made without randomness")]
     pub fn fill(&self, buf: &mut [u8]) {
         match &self.0 {
+            None if buf.len() <= Pool::LARGEST => {
+                POOL.with_borrow_mut(|pool| pool.take(buf))
+                    .expect("the operating system's randomness");
+            }
             None => getrandom::fill(buf).expect("the operating system's randomness"),
             Some(_) => {
                 for chunk in buf.chunks_mut(8) {
@@ -185,5 +218,25 @@ impl Entropy {
     /// A random number in `0.0..1.0`.
     pub fn unit(&self) -> f64 {
         (self.u64() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn randomness_does_not_repeat_whatever_is_asked_for() {
+        let entropy = Entropy::system();
+        let mut seen = HashSet::new();
+        for i in 0..3_000 {
+            let mut bytes = vec![0; 8 + i % 40];
+            entropy.fill(&mut bytes);
+            // The last bytes too, where a piece runs over what is left.
+            let last = bytes.split_off(bytes.len() - 8);
+            assert!(seen.insert(last.clone()), "{last:?} came twice");
+        }
     }
 }

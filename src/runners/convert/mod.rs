@@ -75,7 +75,9 @@ pub fn task_id(field: &str, text: &str) -> Result<TaskId> {
 }
 
 fn fence(field: &str, task: &str, attempt: u32) -> Result<Fence> {
-    Ok(Fence { task: task_id(&format!("{field}.task_id"), task)?, attempt })
+    let task = task.parse();
+    let task = task.map_err(|_| Error::invalid(format!("{field}.task_id"), "must be a task id"))?;
+    Ok(Fence { task, attempt })
 }
 
 fn announcement(credits: pb::Credits) -> Announcement {
