@@ -1,4 +1,4 @@
-//! Databases of Postgres that go with their case.
+//! Databases of Postgres that go with their case, and the Redis beside them.
 
 #[cfg(feature = "postgres")]
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -73,4 +73,18 @@ fn run(url: &str, sql: &str) -> anyhow::Result<()> {
 #[cfg(feature = "postgres")]
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+/// The process of a Redis that asks for no password, if it runs on this machine.
+pub(super) fn redis_pid(url: &str) -> Option<u32> {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    let url = reqwest::Url::parse(url).ok()?;
+    let mut stream =
+        std::net::TcpStream::connect((url.host_str()?, url.port().unwrap_or(6379))).ok()?;
+    stream.write_all(b"INFO server\r\nQUIT\r\n").ok()?;
+    let lines = BufReader::new(stream).lines().map_while(Result::ok);
+    let pid =
+        lines.filter_map(|line| line.strip_prefix("process_id:")?.trim().parse().ok()).next()?;
+    let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    command.starts_with("redis").then_some(pid)
 }

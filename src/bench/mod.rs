@@ -87,8 +87,8 @@ enum Role {
     Slow(memory::SlowSpec),
     /// Runs whole lives of tasks.
     Tasks(tasks::Spec),
-    /// Cancels that many tasks.
-    Cancels(relay::Server, usize),
+    /// Cancels that many tasks, whose runner may be connected to another server.
+    Cancels(relay::Server, Option<relay::Server>, usize),
     /// Breaks the connection of a runner that holds that many tasks.
     Reconnect(relay::Server, usize),
     /// Submits that many tasks that wait.
@@ -153,7 +153,7 @@ fn play() -> anyhow::Result<()> {
         Role::Idle(server, streams) => load(memory::idle(server, streams)),
         Role::Slow(spec) => load(memory::slow(spec)),
         Role::Tasks(spec) => load(tasks::run(spec)),
-        Role::Cancels(server, count) => load(tasks::cancels(server, count)),
+        Role::Cancels(server, runner_at, count) => load(tasks::cancels(server, runner_at, count)),
         Role::Reconnect(server, held) => load(tasks::reconnect(server, held)),
         Role::Fill(server, tasks) => load(restart::fill(server, tasks)),
         Role::Floor(spec) => load(floor::run(spec)),

@@ -24,6 +24,10 @@ use super::{
 pub struct Spec {
     /// The server.
     pub server: Server,
+    /// The server that subscribers read from, where it is another one.
+    pub readers_at: Option<Server>,
+    /// Processes whose time counts as the server's.
+    pub also: Vec<u32>,
     /// Tasks that stream at once.
     pub tasks: usize,
     /// Connections of runners, and as many of subscribers.
@@ -84,8 +88,9 @@ pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
     let seen = Rc::new(RefCell::new(Seen::default()));
     let mut feeds = Vec::new();
     let mut subscribers = Vec::new();
+    let readers_at = spec.readers_at.as_ref().unwrap_or(&spec.server);
     for _ in 0..spec.connections {
-        subscribers.push(spec.server.connect().await?);
+        subscribers.push(readers_at.connect().await?);
     }
     let per_feed = spec.tasks / spec.connections;
     let model = format!("bench/relay-{}", std::process::id());
@@ -112,12 +117,12 @@ pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
     }
     for (at, lease) in feeds.iter().flat_map(|feed| &feed.leases).enumerate() {
         if spec.events {
-            let events = Events::open(&spec.server, &lease.task_id).await?;
+            let events = Events::open(readers_at, &lease.task_id).await?;
             read_events(events, Rc::clone(&seen), spec.server.baton);
             continue;
         }
         let connection = &subscribers[at % spec.connections];
-        let receiver = subscribe(connection, &spec.server, &lease.task_id).await?;
+        let receiver = subscribe(connection, readers_at, &lease.task_id).await?;
         read(receiver, Rc::clone(&seen), spec.server.baton);
     }
     // Streams count as open once the first token is through each of them.
@@ -389,7 +394,7 @@ impl Mark {
     fn take(spec: &Spec, seen: &Rc<RefCell<Seen>>) -> Self {
         Self {
             at_ns: now_ns(),
-            server_us: cpu_us(spec.server.pid),
+            server_us: cpu_us(spec.server.pid) + spec.also.iter().copied().map(cpu_us).sum::<u64>(),
             load_us: cpu_us(std::process::id()),
             tokens: seen.borrow().tokens,
         }

@@ -15,6 +15,8 @@ use super::{
 pub fn events(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let spec = |server| relay::Spec {
         server,
+        readers_at: None,
+        also: Vec::new(),
         tasks: 200,
         connections: 4,
         rate: 50.0,

@@ -217,6 +217,8 @@ pub(super) fn lost(outcomes: &[relay::Outcome]) -> String {
 fn paced(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let spec = |server| relay::Spec {
         server,
+        readers_at: None,
+        also: Vec::new(),
         tasks: 200,
         connections: 4,
         rate: 50.0,
@@ -249,6 +251,8 @@ fn paced(plan: &Plan) -> anyhow::Result<Vec<Row>> {
 fn stepped(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let spec = |server| relay::Spec {
         server,
+        readers_at: None,
+        also: Vec::new(),
         tasks: 200,
         connections: 4,
         rate: 50.0,
@@ -273,6 +277,8 @@ fn stepped(plan: &Plan) -> anyhow::Result<Vec<Row>> {
 fn fastest(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let spec = |server| relay::Spec {
         server,
+        readers_at: None,
+        also: Vec::new(),
         tasks: 100,
         connections: 4,
         rate: 0.0,
@@ -425,7 +431,8 @@ fn interruptions(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let (mut cancels, mut reconnects) = (Vec::new(), Vec::new());
     for _ in 0..plan.repeat {
         let count = if plan.quick { 100 } else { 400 };
-        cancels.push(play::<Latency>(&Role::Cancels(server.clone(), count)).context("cancel")?);
+        cancels
+            .push(play::<Latency>(&Role::Cancels(server.clone(), None, count)).context("cancel")?);
         let role = Role::Reconnect(server.clone(), 50);
         reconnects.push(play::<tasks::Reconnected>(&role).context("reconnect")?);
     }

@@ -217,10 +217,16 @@ fn mark(lease: &Lease) -> u64 {
     }
 }
 
-/// Cancels running tasks one after the other: from the call to the runner's receipt.
-pub async fn cancels(server: Server, count: usize) -> anyhow::Result<Latency> {
+/// Cancels running tasks one after the other: from the call to the runner's receipt. The runner
+/// connects to `runner_at`, where that is another server.
+pub async fn cancels(
+    server: Server,
+    runner_at: Option<Server>,
+    count: usize,
+) -> anyhow::Result<Latency> {
     let model = format!("bench/cancel-{}", std::process::id());
-    let (_link, _, runner, mut orders) = runner(&server, &model, 64).await?;
+    let at = runner_at.as_ref().unwrap_or(&server);
+    let (_link, _, runner, mut orders) = runner(at, &model, 64).await?;
     let client = server.connect().await?;
     let mut latency = histogram();
     for _ in 0..count {
