@@ -86,6 +86,10 @@
 //! [`gateway`], [`facades`], [`agent`]. Imports point from edges to slices to kernels;
 //! `tests/architecture.rs` holds the code to it. [`faults`] are defects that tests plant.
 
+/// Tests that are compiled here too name the crate as from outside.
+#[cfg(test)]
+extern crate self as baton;
+
 pub mod blob;
 pub mod clock;
 pub mod config;

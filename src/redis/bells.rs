@@ -1,21 +1,20 @@
 //! Doorbells: short messages over channels, for servers that wait for something. One may be lost
 //! at any time, and whoever listens is told when that may have been, so every bell needs a sweep.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use fred::{
-    clients::SubscriberClient,
-    interfaces::PubsubInterface as _,
-    prelude::{ClientLike as _, EventInterface as _},
-    types::{Message, RespVersion},
-};
+use fred::types::Message;
+use parking_lot::Mutex;
 use tokio::sync::{
     broadcast::{Receiver, error::RecvError},
     watch,
 };
 
-use super::{Error, Redis, Result};
+use super::{
+    Error, Redis, Result,
+    wire::{Call, Line, Purpose},
+};
 
 /// How often the connection is tried: what only listens does not notice that nobody is there.
 const TRY_EVERY: Duration = Duration::from_secs(1);
@@ -27,7 +26,9 @@ const AGAIN_AFTER: Duration = Duration::from_millis(100);
 #[derive(Clone)]
 pub struct Bells {
     redis: Redis,
-    client: SubscriberClient,
+    line: Arc<dyn Line>,
+    /// What is listened to.
+    channels: Arc<Mutex<BTreeSet<String>>>,
     /// Grows when the subscriptions were made anew.
     renewed: watch::Sender<u64>,
 }
@@ -53,11 +54,9 @@ pub struct Listener {
 impl Redis {
     /// Opens the connection for subscriptions. One is enough for a process.
     pub async fn bells(&self) -> Result<Bells> {
-        let mut builder = self.0.builder.clone();
-        // The older protocol allows no other command on a connection that listens.
-        builder.with_config(|config| config.version = RespVersion::RESP3);
-        let client = self.subscriber(builder).await?;
-        let bells = Bells { redis: self.clone(), client, renewed: watch::Sender::new(0) };
+        let line = self.dedicated(Purpose::Subscriptions).await?;
+        let (redis, renewed) = (self.clone(), watch::Sender::new(0));
+        let bells = Bells { redis, line, channels: Arc::default(), renewed };
         bells.watch();
         Ok(bells)
     }
@@ -65,7 +64,9 @@ impl Redis {
     /// Rings a channel: tells whoever listens at this moment. Returns how many those were.
     pub async fn ring(&self, channel: &str, message: Bytes) -> Result<u64> {
         let key = self.key(&format!("c:{channel}"));
-        self.0.client.publish(key, message).await.map_err(Error::command("publish"))
+        let call = Call::new("PUBLISH", vec![key.into(), message.into()]);
+        let heard = self.0.line.call(call).await.and_then(fred::prelude::Value::convert);
+        heard.map_err(Error::command("publish"))
     }
 }
 
@@ -77,16 +78,18 @@ impl Bells {
 
     /// Listens to a channel by its full name.
     pub(super) async fn listen_key(&self, channel: String) -> Result<Listener> {
-        let messages = self.client.message_rx();
+        let messages = self.line.messages();
         let renewed = self.renewed.subscribe();
-        self.client.subscribe(channel.clone()).await.map_err(Error::command("subscribe"))?;
+        let wanted = vec![channel.clone()];
+        self.line.listen(wanted).await.map_err(Error::command("subscribe"))?;
+        self.channels.lock().insert(channel.clone());
         Ok(Listener { channel, messages, renewed, _bells: self.clone() })
     }
 
     /// Subscribes again whenever the connection is new, and tries it when nothing is heard.
     fn watch(&self) {
         let bells = self.clone();
-        let mut reconnects = self.client.reconnect_rx();
+        let mut reconnects = self.line.reconnects();
         let end = self.redis.0.supervisor.last_call();
         self.redis.0.supervisor.spawn_flushing_loop("redis bells", async move {
             loop {
@@ -101,17 +104,16 @@ impl Bells {
                         Ok(_) | Err(RecvError::Lagged(_)) => true,
                     },
                     () = bells.redis.0.clock.sleep(TRY_EVERY) => {
-                        let heard: std::result::Result<(), _> = bells.client.ping(None).await;
-                        if heard.is_err() {
+                        if bells.line.call(Call::new("PING", Vec::new())).await.is_err() {
                             // A new connection is announced by `reconnects`.
-                            bells.client.force_reconnection().await.ok();
+                            bells.line.reconnect().await;
                         }
                         false
                     }
                 };
                 if again && !bells.renew().await {
                     bells.redis.0.clock.sleep(AGAIN_AFTER).await;
-                    bells.client.force_reconnection().await.ok();
+                    bells.line.reconnect().await;
                 }
             }
         });
@@ -119,11 +121,11 @@ impl Bells {
 
     /// Subscribes again; only then can listeners look for what they missed.
     async fn renew(&self) -> bool {
-        let channels: Vec<_> = self.client.tracked_channels().into_iter().collect();
+        let channels: Vec<_> = self.channels.lock().iter().cloned().collect();
         if channels.is_empty() {
             return true;
         }
-        match self.client.subscribe(channels).await {
+        match self.line.listen(channels).await {
             Ok(()) => {
                 self.renewed.send_modify(|times| *times += 1);
                 true

@@ -2,10 +2,6 @@
 
 use std::time::Duration;
 
-use fred::{
-    prelude::{ClientLike as _, EventInterface as _},
-    types::InfoKind,
-};
 use tokio::sync::broadcast::error::RecvError;
 
 use super::{Error, Redis, Result, script::Args};
@@ -90,7 +86,7 @@ impl Redis {
 
     pub(super) fn watch_health(&self) {
         let redis = self.clone();
-        let mut reconnects = redis.0.client.reconnect_rx();
+        let mut reconnects = redis.0.line.reconnects();
         // Not ended by the last call, after which others still write: the connection closes when
         // nobody has it any more.
         self.0.supervisor.spawn_loop("redis health", async move {
@@ -112,8 +108,8 @@ impl Redis {
     async fn facts(&self) -> Result<Facts> {
         let new = format!("{:016x}", self.0.entropy.u64());
         let era = self.run(&self.0.scripts.era, Args::default().text(&new));
-        let info = self.0.client.info(Some(InfoKind::Server));
-        let (era, info): (_, std::result::Result<String, _>) = tokio::join!(era, info);
+        let info = self.info(Some("server"));
+        let (era, info) = tokio::join!(era, info);
         let info = info.map_err(Error::command("info"))?;
         let process = info.lines().find_map(|line| line.strip_prefix("run_id:"));
         Ok(Facts { era: era?.text()?, process: process.unwrap_or_default().trim().to_owned() })

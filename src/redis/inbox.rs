@@ -11,16 +11,16 @@
 //! waits for one key, wakes up once for all that has come, and two readers may begin at different
 //! indices.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use fred::{
-    clients::Client,
-    prelude::{ClientLike as _, KeysInterface as _, Options, StreamsInterface as _, Value},
-};
+use fred::prelude::Value;
 use tokio::sync::watch;
 
-use super::{Error, Redis, Result};
+use super::{
+    Error, Redis, Result,
+    wire::{Call, Line, Purpose},
+};
 
 /// Entries that an inbox keeps for a reader that is behind. Streams are cut by whole nodes of 100
 /// entries, so some more.
@@ -64,7 +64,7 @@ pub enum Mail {
 /// A server's inbox, for its one reader.
 pub struct Inbox {
     redis: Redis,
-    client: Client,
+    line: Arc<dyn Line>,
     key: String,
     /// Entry that was read last.
     after: String,
@@ -77,10 +77,10 @@ impl Redis {
     /// Opens the inbox of this name, on a connection of its own. Only what is sent afterwards and
     /// what is still there is read; the name is used by one process at a time.
     pub async fn inbox(&self, name: &str) -> Result<Inbox> {
-        let client = self.dedicated(self.0.builder.clone()).await?;
+        let line = self.dedicated(Purpose::Commands).await?;
         Ok(Inbox {
             redis: self.clone(),
-            client,
+            line,
             key: self.key(&format!("f:{name}")),
             after: "0-0".into(),
             losses: self.losses(),
@@ -95,21 +95,24 @@ impl Redis {
             return Ok(());
         }
         let key = self.key(&format!("f:{inbox}"));
-        let mut fields: Vec<(&str, Value)> = Vec::with_capacity(parcels.len() * 4);
+        let key = Value::from(key);
+        let mut entry =
+            vec![key.clone(), "MAXLEN".into(), "~".into(), (MAX_ENTRIES as i64).into(), "*".into()];
+        entry.reserve(parcels.len() * 8);
         for parcel in parcels {
-            fields.push(("t", parcel.topic.as_str().into()));
-            fields.push(("f", parcel.first.to_string().into()));
-            fields.push(("l", parcel.last.to_string().into()));
-            fields.push(("d", parcel.frames.clone().into()));
+            entry.extend(["t".into(), parcel.topic.as_str().into()]);
+            entry.extend(["f".into(), parcel.first.to_string().into()]);
+            entry.extend(["l".into(), parcel.last.to_string().into()]);
+            entry.extend(["d".into(), parcel.frames.clone().into()]);
         }
-        let pipeline = self.0.client.pipeline();
-        let cut = ("MAXLEN", "~", MAX_ENTRIES as i64);
-        let sending = async {
-            let () = pipeline.xadd(key.as_str(), false, cut, "*", fields).await?;
-            let () = pipeline.pexpire(key.as_str(), KEEP.as_millis() as i64, None).await?;
-            pipeline.all::<Value>().await.map(drop)
-        };
-        sending.await.map_err(Error::command("xadd"))
+        let keep = vec![key, (KEEP.as_millis() as i64).into()];
+        let line = &self.0.line;
+        // Both are on their way before the first answer.
+        let (added, kept) = tokio::join!(
+            line.call(Call::new("XADD", entry)),
+            line.call(Call::new("PEXPIRE", keep))
+        );
+        added.and(kept).map(drop).map_err(Error::command("xadd"))
     }
 }
 
@@ -149,16 +152,20 @@ impl Inbox {
 
     async fn read(&self) -> Result<Option<(String, Vec<Parcel>)>> {
         let bound = WAIT + self.redis.0.settings.command_timeout;
-        let options = Options { timeout: Some(bound), max_attempts: Some(1), ..Options::default() };
-        let client = self.client.with_options(&options);
-        let wait = Some(WAIT.as_millis() as u64);
-        let outcome = client.xread(Some(READ), wait, self.key.as_str(), self.after.as_str()).await;
-        let reply: Value = match outcome {
+        let mut args = vec![
+            "COUNT".into(),
+            (READ as i64).into(),
+            "BLOCK".into(),
+            (WAIT.as_millis() as i64).into(),
+        ];
+        args.extend(["STREAMS".into(), self.key.as_str().into(), self.after.as_str().into()]);
+        let call = Call { again: false, waits: Some(bound), ..Call::new("XREAD", args) };
+        let reply = match self.line.call(call).await {
             Ok(reply) => reply,
             Err(error) => {
                 if *error.kind() == fred::error::ErrorKind::Timeout {
                     // What is behind a read without an answer waits for it.
-                    self.client.force_reconnection().await.ok();
+                    self.line.reconnect().await;
                 }
                 return Err(Error::command("xread")(error));
             }

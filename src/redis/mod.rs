@@ -71,15 +71,12 @@ mod settings;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+pub mod wire;
 mod work;
 
 use std::{sync::Arc, time::Duration};
 
-use fred::{
-    clients::{Client, SubscriberClient},
-    prelude::{Builder, ClientLike as _, ErrorKind},
-    types::InfoKind,
-};
+use fred::prelude::{ErrorKind, Value};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -92,7 +89,11 @@ pub use self::{
     settings::Settings,
     work::{Item, LaneStats, Moved, Position, Promise, Room, Work},
 };
-use self::{health::Facts, script::Scripts};
+use self::{
+    health::Facts,
+    script::Scripts,
+    wire::{Call, Fred, Line, Purpose, Wire},
+};
 use crate::{clock::Clock, id::Entropy, supervisor::Supervisor};
 
 /// What goes wrong with Redis. Messages name no credentials.
@@ -155,8 +156,8 @@ pub struct Server {
 pub struct Redis(Arc<Inner>);
 
 struct Inner {
-    client: Client,
-    builder: Builder,
+    line: Arc<dyn Line>,
+    wire: Arc<dyn Wire>,
     settings: Settings,
     scripts: Scripts,
     server: Mutex<Server>,
@@ -179,16 +180,27 @@ impl Redis {
         entropy: Entropy,
         supervisor: &Supervisor,
     ) -> Result<Self> {
+        let wire = Arc::new(Fred::new(&settings)?);
+        Self::connect_over(wire, settings, clock, entropy, supervisor).await
+    }
+
+    /// As [`connect`](Self::connect), over connections of another make.
+    pub async fn connect_over(
+        wire: Arc<dyn Wire>,
+        settings: Settings,
+        clock: Clock,
+        entropy: Entropy,
+        supervisor: &Supervisor,
+    ) -> Result<Self> {
         let address = settings.address()?;
-        let builder = settings.builder()?;
         let unusable = |problem| Error::Unusable { address: address.clone(), problem };
-        let client = builder.build().map_err(|error| unusable(error.to_string()))?;
-        within(settings.connect_timeout * 2, client.init())
+        let line = wire
+            .connect(Purpose::Commands)
             .await
             .map_err(|error| unusable(explained(&error, settings.connect_timeout)))?;
         let redis = Self(Arc::new(Inner {
-            client,
-            builder,
+            line,
+            wire,
             settings,
             scripts: Scripts::new(),
             server: Mutex::default(),
@@ -202,7 +214,7 @@ impl Redis {
         match redis.check_server().await {
             Ok(server) => *redis.0.server.lock() = server,
             Err(problem) => {
-                redis.0.client.quit().await.ok();
+                redis.0.line.end().await;
                 return Err(unusable(problem));
             }
         }
@@ -236,45 +248,37 @@ impl Redis {
         format!("{}{name}", self.0.settings.prefix)
     }
 
-    /// A connection for reads that wait. It ends with the supervisor's last call.
-    async fn dedicated(&self, builder: Builder) -> Result<Client> {
-        let client = builder.build().map_err(Error::command("connect"))?;
-        self.begin(&client).await?;
-        Ok(client)
-    }
-
-    /// A connection for subscriptions.
-    async fn subscriber(&self, builder: Builder) -> Result<SubscriberClient> {
-        let client = builder.build_subscriber_client().map_err(Error::command("connect"))?;
-        self.begin(&client).await?;
-        Ok(client)
-    }
-
-    async fn begin<C: fred::interfaces::ClientLike + 'static>(&self, client: &C) -> Result<()> {
-        within(self.0.settings.connect_timeout * 2, client.init())
-            .await
-            .map_err(Error::command("connect"))?;
-        let (end, client) = (self.0.supervisor.last_call(), client.clone());
+    /// A further connection. It ends with the supervisor's last call.
+    async fn dedicated(&self, purpose: Purpose) -> Result<Arc<dyn Line>> {
+        let line = self.0.wire.connect(purpose).await.map_err(Error::command("connect"))?;
+        let (end, open) = (self.0.supervisor.last_call(), line.clone());
         self.0.supervisor.spawn_flushing_loop("redis connection", async move {
             end.cancelled().await;
-            // It is the end either way.
-            client.quit().await.ok();
+            open.end().await;
             Ok(())
         });
-        Ok(())
+        Ok(line)
     }
 
-    /// What cannot be used, as a sentence.
+    /// What the server says of itself, or of one part.
+    async fn info(
+        &self,
+        part: Option<&'static str>,
+    ) -> std::result::Result<String, fred::error::Error> {
+        let args = part.into_iter().map(Value::from_static_str).collect();
+        let answer = self.0.line.call(Call::new("INFO", args)).await?;
+        answer.convert()
+    }
+
     /// What the server said of itself when it was connected to.
     pub fn server(&self) -> Server {
         self.0.server.lock().clone()
     }
 
+    /// What cannot be used, as a sentence.
     async fn check_server(&self) -> std::result::Result<Server, String> {
-        let info: String = self
-            .0
-            .client
-            .info(None::<InfoKind>)
+        let info = self
+            .info(None)
             .await
             .map_err(|error| explained(&error, self.0.settings.command_timeout))?;
         let field = |name: &str| {
@@ -306,16 +310,6 @@ impl Redis {
         }
         Ok(Server { version: version.to_owned(), evicts: evicts.then(|| policy.to_owned()) })
     }
-}
-
-/// An outcome within `bound`.
-async fn within<T>(
-    bound: Duration,
-    future: impl Future<Output = std::result::Result<T, fred::error::Error>>,
-) -> std::result::Result<T, fred::error::Error> {
-    tokio::time::timeout(bound, future)
-        .await
-        .unwrap_or_else(|_| Err(fred::error::Error::new(ErrorKind::Timeout, "no answer")))
 }
 
 /// Why a first connection failed, in words that lead on.

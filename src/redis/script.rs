@@ -2,12 +2,9 @@
 //! at all. Their texts lie in `lua/`.
 
 use bytes::Bytes;
-use fred::{
-    prelude::{ClientLike as _, Options, Value},
-    types::{ClusterHash, CustomCommand, scripts},
-};
+use fred::{prelude::Value, types::scripts};
 
-use super::{Error, Redis, Result};
+use super::{Error, Redis, Result, wire::Call};
 
 /// A script, and how it may be sent again.
 pub(super) struct Script {
@@ -85,25 +82,21 @@ impl Redis {
     /// Runs a script.
     pub(super) async fn run(&self, script: &Script, Args(args): Args) -> Result<Reply> {
         let inner = &self.0;
-        let attempts = if script.again == Again::Never { Some(1) } else { None };
-        let options = Options { max_attempts: attempts, ..Options::default() };
-        let client = inner.client.with_options(&options);
-        // The typed call would lose the options on its way.
-        let call = || CustomCommand::new_static("EVALSHA", ClusterHash::FirstKey, false);
         let mut whole = Vec::with_capacity(args.len() + 3);
         whole.push(Value::String(script.compiled.sha1().clone()));
         whole.push(Value::Integer(1));
         whole.push(Value::String(inner.settings.prefix.as_str().into()));
         whole.extend(args);
-        let mut outcome = client.custom(call(), whole.clone()).await;
-        if outcome
-            .as_ref()
-            .is_err_and(|error: &fred::error::Error| error.details().starts_with("NOSCRIPT"))
-        {
-            script.compiled.load(&inner.client).await.map_err(Error::command(script.name))?;
-            outcome = client.custom(call(), whole).await;
+        let call = Call { again: script.again == Again::Harmless, ..Call::new("EVALSHA", whole) };
+        let mut outcome = inner.line.call(call.clone()).await;
+        if outcome.as_ref().is_err_and(|error| error.details().starts_with("NOSCRIPT")) {
+            let text = script.compiled.lua().cloned().unwrap_or_default();
+            let load = vec![Value::from_static_str("LOAD"), Value::String(text)];
+            let loaded = inner.line.call(Call::new("SCRIPT", load)).await;
+            loaded.map_err(Error::command(script.name))?;
+            outcome = inner.line.call(call).await;
         }
-        let value: Value = outcome.map_err(Error::command(script.name))?;
+        let value = outcome.map_err(Error::command(script.name))?;
         let values = match value {
             Value::Array(values) => values,
             Value::Null => Vec::new(),

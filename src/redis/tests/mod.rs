@@ -1,11 +1,9 @@
-//! Claims about the kernels, each against a real server.
+//! Claims about the kernels, each against a real server. Those that are not about connecting hold
+//! for the imitation too that takes its place in the simulation.
 
 mod connection;
-mod delivery;
-mod faults;
-mod frames;
-mod random;
-mod upkeep;
+mod imitated;
+mod real;
 
 use std::{collections::BTreeSet, time::Duration};
 

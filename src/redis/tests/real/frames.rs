@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::super::{
+use super::Server;
+use crate::redis::{
     Bell, Fit, Inbox, Mail, Parcel, Reading, Redis,
-    testing::{BOUND, Server, eventually},
+    testing::{BOUND, eventually},
 };
 
 fn parcel(topic: &str, first: u64, last: u64) -> Parcel {

@@ -7,10 +7,8 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{
-    super::{Consumer, Delivery, Item, Lane, Promise, Redis, testing::Server},
-    assert_empty, drain, item_in, lane,
-};
+use super::{Server, assert_empty, drain, item_in, lane};
+use crate::redis::{Consumer, Delivery, Item, Lane, Promise, Redis};
 
 #[derive(Clone, Debug)]
 enum Step {

@@ -3,12 +3,10 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use super::{
-    super::{
-        Bell, Health, Item, Work,
-        testing::{BOUND, Server, eventually},
-    },
-    assert_empty, drain, ids, item, items, lane, pull,
+use super::{Server, assert_empty, drain, ids, item, items, lane, pull};
+use crate::redis::{
+    Bell, Health, Item, Work,
+    testing::{BOUND, eventually},
 };
 
 /// What whoever keeps the truth does: asks for what it knows to wait, and adds what is missing.

@@ -4,13 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{
-    super::{
-        Bell, Listener,
-        testing::{BOUND, Server},
-    },
-    assert_empty, drain, ids, item, item_in, items, lane, pull,
-};
+use super::{Server, assert_empty, drain, ids, item, item_in, items, lane, pull};
+use crate::redis::{Bell, Listener, testing::BOUND};
 
 #[tokio::test]
 async fn what_was_added_is_delivered_as_it_was_in_order_and_gone_once_acknowledged() {

@@ -4,11 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{
-    super::{Promise, Room, testing::Server},
-    assert_empty, drain, ids, item, item_in, items, lane, pull,
-};
-use crate::redis::Lane;
+use super::{Server, assert_empty, drain, ids, item, item_in, items, lane, pull};
+use crate::redis::{Lane, Promise, Room};
 
 const LATER: Duration = Duration::from_hours(1);
 const PROMISED: Room = Room::Promised { evicted: None };
