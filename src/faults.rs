@@ -87,6 +87,38 @@ faults! {
     AssignWhileDraining = "assign-while-draining",
     /// P22: open streams are not ended by the drain.
     LeaveStreamsOpen = "leave-streams-open",
+    /// P1: a commit whose fate is unknown counts as done.
+    TrustUnknownCommits = "trust-unknown-commits",
+    /// P2: a request id that another server remembers meanwhile is no conflict.
+    RememberUnchecked = "remember-unchecked",
+    /// P3: what a dead server held is lost by nobody.
+    LeaveOrphans = "leave-orphans",
+    /// P3: delayed tasks are not moved when they are due.
+    LeaveDelayed = "leave-delayed",
+    /// P4: a runner that comes back elsewhere may go on with an attempt that has ended.
+    ResumeEndedAttempts = "resume-ended-attempts",
+    /// P5: a server keeps on recording attempts that went to another.
+    RecordForOthers = "record-for-others",
+    /// P6: rows that changed meanwhile are no conflict.
+    IgnoreConflicts = "ignore-conflicts",
+    /// P7: sequences that another server has shown are given away again.
+    ForgetFarShown = "forget-far-shown",
+    /// P8: frames of another server are taken without the first of them.
+    FeedLate = "feed-late",
+    /// P8: frames of another server are taken although earlier ones are missing.
+    FeedGaps = "feed-gaps",
+    /// P10: a server is not told that attempts of its runners were ended elsewhere.
+    CancelOnlyHere = "cancel-only-here",
+    /// P17: nobody takes over what a dead server had fetched.
+    LeaveFetched = "leave-fetched",
+    /// P17: what Redis lost is not added anew.
+    NeverReconcile = "never-reconcile",
+    /// P17: of what Redis lost, that which is delayed is not added anew.
+    ForgetDelayed = "forget-delayed",
+    /// P17: living servers count as dead.
+    OrphanLiving = "orphan-living",
+    /// P18: readers are given rows as this server knew them last.
+    ReadAtHand = "read-at-hand",
     /// P23: a panic in a handler ends the connection.
     PanicsEndConnections = "panics-end-connections",
 }

@@ -469,11 +469,15 @@ fn every_fault_breaks_one_place_and_is_listed_with_tests_that_exist() {
         faults.push(format!("`{promise} {name}` is not both in src/faults.rs and .ci/faults"));
     }
     for row in rows {
-        let [_, _, kind @ ("lib" | "it"), test] = row[..] else {
+        let [_, _, kind @ ("lib" | "it" | "sim"), test] = row[..] else {
             panic!("not a row of .ci/faults: {row:?}")
         };
         let name = format!("fn {}(", test.rsplit("::").next().unwrap_or(test));
-        let folder = if kind == "lib" { "src/" } else { "tests/it/" };
+        let folder = match kind {
+            "lib" => "src/",
+            "it" => "tests/it/",
+            _ => "tests/simulation/",
+        };
         let mut places = sources.iter().filter(|source| source.path.starts_with(folder));
         if !places.any(|source| source.text.contains(&name)) {
             faults.push(format!(".ci/faults: there is no test {test}"));

@@ -7,7 +7,7 @@ use super::shared::Shared;
 use crate::{
     clock::Clock,
     crossing::Follow,
-    db::{Db, Engine},
+    db::Db,
     dispatch::{Holdings, Orphans},
     error::Error,
     id::{Entropy, InstanceId},
@@ -50,12 +50,11 @@ impl Among {
         supervisor: &Supervisor,
         wired: bool,
     ) -> Result<Self, Error> {
-        let standing = match db.engine() {
-            Engine::Sqlite => Standing::alone(clock.clone()),
-            Engine::Postgres => {
-                let id = InstanceId::new(clock.now(), entropy);
-                Standing::among(id, limits.lease_ttl, clock.clone())
-            }
+        let standing = if db.is_shared() {
+            let id = InstanceId::new(clock.now(), entropy);
+            Standing::among(id, limits.lease_ttl, clock.clone())
+        } else {
+            Standing::alone(clock.clone())
         };
         let heartbeat = Heartbeat {
             db: db.clone(),

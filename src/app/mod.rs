@@ -24,7 +24,7 @@ use crate::{
     artifacts::{self, Artifacts},
     clock::Clock,
     config::{self, Config},
-    db::{self, Db, Engine, Location},
+    db::{self, Db},
     dispatch::{self, Dispatcher, Sweep},
     error::Error,
     events::Tail,
@@ -58,6 +58,16 @@ use crate::{
 /// Attempt tokens outlive the execution timeout by this much, for a last report.
 const TOKEN_MARGIN: Duration = Duration::from_mins(5);
 
+/// Other programs that a server works with, where a simulation takes their place.
+#[derive(Clone, Default)]
+pub struct Outside {
+    /// The database.
+    pub database: Option<db::Simulated>,
+    /// Redis, where `redis.url` names one.
+    #[cfg(feature = "redis")]
+    pub redis: Option<Arc<dyn crate::redis::wire::Wire>>,
+}
+
 /// A server that runs.
 pub struct App {
     /// Where it listens.
@@ -87,7 +97,7 @@ impl App {
         let wanted = config.server.addr;
         let listener = place::bind(wanted)?;
         let addr = listener.local_addr()?;
-        Self::start_on(listener, addr, config, clock, entropy).await
+        Self::start_on(listener, addr, config, (clock, entropy), Outside::default()).await
     }
 
     /// Starts a server on a listener that is open already.
@@ -95,8 +105,8 @@ impl App {
         listener: L,
         addr: SocketAddr,
         config: Config,
-        clock: Clock,
-        entropy: Entropy,
+        (clock, entropy): (Clock, Entropy),
+        outside: Outside,
     ) -> anyhow::Result<Self> {
         config.validate()?;
         let tls = place::acceptor(&config.tls)?;
@@ -105,11 +115,12 @@ impl App {
         let data_dir = &config.storage.data_dir;
         let lock = place::lock_data_dir(data_dir)?;
         let supervisor = Supervisor::new();
-        let connection = shared::connect(&config, &clock, &entropy, &supervisor).await?;
+        let connection =
+            shared::connect(&config, &outside, (&clock, &entropy), &supervisor).await?;
         let at = place::database(&config);
-        let db = match &at {
-            Location::File(path) if clock.is_simulated() => Db::open_simulated(path),
-            at => Db::open_at(at, config.database.connections, &entropy).await,
+        let db = match outside.database {
+            Some(simulated) => Db::open_simulated(simulated),
+            None => Db::open_at(&at, config.database.connections, &entropy).await,
         };
         let db = db.with_context(|| format!("cannot open {at}"))?;
         db.set_headroom(config.storage.min_free);
@@ -141,7 +152,11 @@ impl App {
             }
             None => (Queue::new(bounds, clock.clone()), None),
         };
-        let moving::Bytes { artifacts: store, transcripts: blobs } = place::bytes(&config).await?;
+        let bytes = place::bytes(&config);
+        // File work waits for real time, which a simulation has none of.
+        let bytes =
+            if clock.is_simulated() { futures_executor::block_on(bytes) } else { bytes.await };
+        let moving::Bytes { artifacts: store, transcripts: blobs } = bytes?;
         let artifacts = Artifacts::new(artifacts::Parts {
             db: db.clone(),
             store,
@@ -183,7 +198,7 @@ impl App {
         loops.spawn_loop("timers", parts.timers.clone().run(ledger.clone(), clock.clone()));
         let recorder = Recorder::new(relay.clone(), ledger.clone(), clock.clone(), metrics.clone());
         loops.spawn_flushing_loop("recorder", recorder.run(loops.last_call()));
-        // File work waits for real time, which a simulation has none of.
+        // As above.
         if !clock.is_simulated() {
             // Other servers do not see this one's files: among several, segments stay in the
             // database.
@@ -330,7 +345,7 @@ fn services(
     let artifacts = artifacts::Service::new(artifacts.clone());
     let runners = runners::service::Service(registry.clone());
     let queues = queues::Service::new(parts.db.clone(), parts.queue.clone(), parts.clock.clone());
-    if parts.db.engine() == Engine::Postgres {
+    if parts.db.is_shared() {
         supervisor.spawn_loop("pauses", queues.clone().follow());
     }
     let keys = keys::Service::new(keyring.clone());

@@ -1,6 +1,6 @@
 //! What servers on one database share in Redis, where one is configured.
 
-use super::among::Told;
+use super::{Outside, among::Told};
 #[cfg(feature = "redis")]
 use crate::{
     backlog::{Backlog, Settings},
@@ -49,14 +49,14 @@ pub(super) enum Shared {}
 /// server that is to share its queue never has one of its own instead.
 pub(super) async fn connect(
     config: &Config,
-    clock: &Clock,
-    entropy: &Entropy,
+    outside: &Outside,
+    times: (&Clock, &Entropy),
     supervisor: &Supervisor,
 ) -> anyhow::Result<Option<Connection>> {
     if config.redis.url.expose().is_empty() {
         return Ok(None);
     }
-    open(&config.redis, clock, entropy, supervisor).await.map(Some)
+    open(&config.redis, outside, times, supervisor).await.map(Some)
 }
 
 /// Version and eviction policy of what `redis.url` names, if it names something.
@@ -65,7 +65,8 @@ pub async fn look_at_redis(
     clock: &Clock,
 ) -> anyhow::Result<Option<(String, Option<String>)>> {
     let supervisor = Supervisor::new();
-    let connection = connect(config, clock, &Entropy::system(), &supervisor).await?;
+    let (outside, times) = (Outside::default(), (clock, &Entropy::system()));
+    let connection = connect(config, &outside, times, &supervisor).await?;
     #[cfg(feature = "redis")]
     let found = connection.map(|connection| {
         let server = connection.redis.server();
@@ -79,10 +80,11 @@ pub async fn look_at_redis(
 #[cfg(feature = "redis")]
 async fn open(
     config: &config::Redis,
-    clock: &Clock,
-    entropy: &Entropy,
+    outside: &Outside,
+    (clock, entropy): (&Clock, &Entropy),
     supervisor: &Supervisor,
 ) -> anyhow::Result<Connection> {
+    use crate::redis::Redis;
     use anyhow::Context as _;
     let settings = crate::redis::Settings {
         url: config.url.expose().to_owned(),
@@ -95,9 +97,11 @@ async fn open(
         },
     };
     let opened = async {
-        let redis =
-            crate::redis::Redis::connect(settings, clock.clone(), entropy.clone(), supervisor);
-        let redis = redis.await?;
+        let (clock, entropy) = (clock.clone(), entropy.clone());
+        let redis = match outside.redis.clone() {
+            Some(wire) => Redis::connect_over(wire, settings, clock, entropy, supervisor).await?,
+            None => Redis::connect(settings, clock, entropy, supervisor).await?,
+        };
         let bells = redis.bells().await?;
         Ok::<_, crate::redis::Error>(Connection { redis, bells })
     };
@@ -107,8 +111,8 @@ async fn open(
 #[cfg(not(feature = "redis"))]
 async fn open(
     _: &config::Redis,
-    _: &Clock,
-    _: &Entropy,
+    _: &Outside,
+    _: (&Clock, &Entropy),
     _: &Supervisor,
 ) -> anyhow::Result<Connection> {
     anyhow::bail!("redis.url: needs a program that was built with the feature `redis`")

@@ -4,7 +4,13 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use super::{Backlog, untold};
-use crate::{error::Result, id::TaskId, queue::Entry, tasks::reads};
+use crate::{
+    error::Result,
+    faults::{self, Fault},
+    id::TaskId,
+    queue::Entry,
+    tasks::reads,
+};
 
 /// Rows compared at once.
 const PAGE: u32 = 500;
@@ -48,6 +54,9 @@ impl Backlog {
                 continue;
             }
             left_out = 0;
+            if faults::planted(Fault::NeverReconcile) {
+                continue;
+            }
             match self.compare().await {
                 Ok(0) => {}
                 Ok(n_tasks) => tracing::warn!(n_tasks, "tasks were missing in Redis"),
@@ -95,6 +104,9 @@ impl Backlog {
                 .iter()
                 .zip(known)
                 .filter(|(entry, known)| known.is_none_or(|attempt| attempt < entry.attempt))
+                .filter(|(entry, _)| {
+                    entry.not_before.is_none() || !faults::planted(Fault::ForgetDelayed)
+                })
                 .map(|(entry, _)| entry)
                 .collect();
             n_tasks += missing.len();

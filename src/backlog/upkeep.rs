@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::{Backlog, HOLD, untold};
 use crate::{
     error::{Error, Result},
+    faults::{self, Fault},
     id::TaskId,
     queue::Report,
     redis::Lane,
@@ -80,7 +81,9 @@ impl Backlog {
                 }
                 self.give_back().await?;
                 self.hand_out().await?;
-                if now.since(claimed) >= self.0.settings.ack_timeout / 4 {
+                if now.since(claimed) >= self.0.settings.ack_timeout / 4
+                    && !faults::planted(Fault::LeaveFetched)
+                {
                     claimed = now;
                     self.claim().await?;
                 }
@@ -162,7 +165,7 @@ impl Backlog {
     pub(super) async fn move_due(self) -> anyhow::Result<()> {
         loop {
             let mut pause = MOVE_EVERY;
-            if self.is_up() {
+            if self.is_up() && !faults::planted(Fault::LeaveDelayed) {
                 match self.0.work.move_due(MOVED).await {
                     Ok(moved) => pause = moved.next.unwrap_or(pause).min(pause),
                     Err(error) => tracing::debug!(%error, "delayed tasks were not moved"),

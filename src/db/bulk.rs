@@ -53,13 +53,25 @@ pub struct Bulk {
     head: &'static str,
     columns: &'static [Type],
     tail: &'static str,
+    /// What comes last where rows can be held; one writer at a time needs not hold any.
+    hold: &'static str,
 }
 
 impl Bulk {
     /// A statement over rows of these columns.
     pub const fn new(head: &'static str, columns: &'static [Type], tail: &'static str) -> Self {
+        Self::holding(head, columns, tail, "")
+    }
+
+    /// The same, which holds what it finds until its transaction ends.
+    pub const fn holding(
+        head: &'static str,
+        columns: &'static [Type],
+        tail: &'static str,
+        hold: &'static str,
+    ) -> Self {
         let texts = [const { OnceLock::new() }; SIZES];
-        Self { texts, postgres: OnceLock::new(), head, columns, tail }
+        Self { texts, postgres: OnceLock::new(), head, columns, tail, hold }
     }
 
     /// Its columns.
@@ -99,6 +111,7 @@ impl Bulk {
         }
         text.push(')');
         text.push_str(self.tail);
+        text.push_str(self.hold);
         text
     }
 

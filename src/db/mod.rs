@@ -13,14 +13,21 @@ pub mod page;
 mod postgres;
 mod row;
 mod script;
+mod simulated;
 mod sqlite;
 mod statement;
 #[cfg(test)]
 pub mod testing;
 pub mod transfer;
 mod value;
+mod write;
 
-use std::{future::Future, path::Path, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
 #[cfg(feature = "postgres")]
@@ -33,12 +40,17 @@ pub use bulk::{Bulk, Type};
 pub use facts::{Facts, OLDEST_POSTGRES, facts};
 pub use row::{Column, FromRow, Row};
 pub use script::Script;
+pub use simulated::{Simulated, Way};
 pub use statement::{Query, Sql, Statement};
 pub use value::{Bind, Json, Value, Values};
+pub use write::{Write, is_unknown};
 
 #[cfg(feature = "postgres")]
 use self::postgres::Postgres;
-use self::sqlite::Sqlite;
+use self::{
+    sqlite::Sqlite,
+    write::{Unknown, Writing},
+};
 use crate::{
     error::{Error, Kind, Reason, Result},
     faults::{self, Fault},
@@ -61,8 +73,8 @@ pub struct Db(Arc<Inner>);
 struct Inner {
     backend: Backend,
     health: Arc<Health>,
-    /// Statements block the thread: no time passes in a simulation while they run.
-    blocking: bool,
+    /// How this server reaches it, in a simulation.
+    simulated: Option<Simulated>,
 }
 
 enum Backend {
@@ -107,81 +119,6 @@ pub enum Tx {
     Postgres(PgConnection),
 }
 
-/// A connection was lost during a commit: whether it took place is not known.
-#[derive(Debug, thiserror::Error)]
-#[error("the connection was lost during the commit: its outcome is not known")]
-struct Unknown(#[source] Error);
-
-/// Whether the error leaves open what became of a commit.
-pub fn is_unknown(error: &Error) -> bool {
-    std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<Unknown>)
-}
-
-/// A transaction that writes. Dropped without [`commit`](Self::commit), everything it did is
-/// undone.
-pub struct Write<'a>(Writing<'a>);
-
-enum Writing<'a> {
-    Sqlite(sqlite::Write<'a>),
-    #[cfg(feature = "postgres")]
-    Postgres(postgres::Write<'a>),
-}
-
-impl Write<'_> {
-    /// The transaction.
-    pub fn tx(&mut self) -> &mut Tx {
-        match &mut self.0 {
-            Writing::Sqlite(write) => write.tx(),
-            #[cfg(feature = "postgres")]
-            Writing::Postgres(write) => write.tx(),
-        }
-    }
-
-    /// Runs `f` here, for no longer than the engine lets a call take.
-    async fn limited<T, F>(&mut self, f: F) -> Result<T>
-    where
-        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
-    {
-        match &mut self.0 {
-            Writing::Sqlite(write) => f(write.tx()).await,
-            #[cfg(feature = "postgres")]
-            Writing::Postgres(write) => postgres::limited(f(write.tx())).await,
-        }
-    }
-
-    /// Commits: what was written is on stable storage afterwards.
-    pub async fn commit(self) -> Result<()> {
-        acknowledged(match self.0 {
-            Writing::Sqlite(write) => write.commit().await,
-            #[cfg(feature = "postgres")]
-            Writing::Postgres(write) => write.commit().await,
-        })
-    }
-
-    /// Runs a script and commits, or undoes everything.
-    pub async fn commit_with(self, script: Script) -> Result<()> {
-        acknowledged(match self.0 {
-            Writing::Sqlite(write) => write.commit_with(script).await,
-            #[cfg(feature = "postgres")]
-            Writing::Postgres(write) => write.commit_with(script).await,
-        })
-    }
-
-    /// Undoes everything, because of `error`.
-    pub async fn rollback(self, error: Error) -> Error {
-        match self.0 {
-            Writing::Sqlite(write) => write.rollback(error).await,
-            #[cfg(feature = "postgres")]
-            Writing::Postgres(write) => write.rollback(error).await,
-        }
-    }
-}
-
-/// The outcome of a commit.
-fn acknowledged(outcome: Result<()>) -> Result<()> {
-    if faults::planted(Fault::AckFailedCommits) { Ok(()) } else { outcome }
-}
-
 impl Db {
     /// Opens the file at `path`, making it when it is missing, and migrates it.
     pub async fn open(path: &Path) -> Result<Self> {
@@ -192,8 +129,9 @@ impl Db {
 
     /// As [`open`](Self::open), for a simulation: statements take no simulated time, and
     /// nothing is synced.
-    pub fn open_simulated(path: &Path) -> Result<Self> {
-        let db = futures_executor::block_on(Self::connect_as(path, true))?;
+    pub fn open_simulated(simulated: Simulated) -> Result<Self> {
+        let db =
+            futures_executor::block_on(Self::connect_as(simulated.path.clone(), Some(simulated)))?;
         futures_executor::block_on(db.migrate_now())?;
         Ok(db)
     }
@@ -219,7 +157,7 @@ impl Db {
                 let fence = entropy.u64().cast_signed();
                 let postgres = Postgres::connect(url, connections, fence, health.clone()).await?;
                 let backend = Backend::Postgres(postgres);
-                Ok(Self(Arc::new(Inner { backend, health, blocking: false })))
+                Ok(Self(Arc::new(Inner { backend, health, simulated: None })))
             }
             #[cfg(not(feature = "postgres"))]
             Location::Url(_) => Err(admin::without_postgres()),
@@ -228,14 +166,14 @@ impl Db {
 
     /// Opens the file at `path` as it is.
     pub async fn connect(path: &Path) -> Result<Self> {
-        Self::connect_as(path, false).await
+        Self::connect_as(path.to_owned(), None).await
     }
 
-    async fn connect_as(path: &Path, simulated: bool) -> Result<Self> {
+    async fn connect_as(path: PathBuf, simulated: Option<Simulated>) -> Result<Self> {
         let health = Health::new(path.display().to_string());
-        let sqlite = Sqlite::connect(path, simulated, health.clone()).await?;
+        let sqlite = Sqlite::connect(&path, simulated.as_ref(), health.clone()).await?;
         let backend = Backend::Sqlite(sqlite);
-        Ok(Self(Arc::new(Inner { backend, health, blocking: simulated })))
+        Ok(Self(Arc::new(Inner { backend, health, simulated })))
     }
 
     /// Which engine it is.
@@ -247,48 +185,81 @@ impl Db {
         }
     }
 
+    /// Whether other servers write to it too: all of a server's database do, and those that share a
+    /// file in a simulation.
+    pub fn is_shared(&self) -> bool {
+        self.engine() == Engine::Postgres || self.way().is_some()
+    }
+
     /// An empty script for it.
     pub fn script(&self) -> Script {
-        Script::new(self.engine())
+        Script::new(self.engine(), self.is_shared())
+    }
+
+    fn way(&self) -> Option<&dyn Way> {
+        self.0.simulated.as_ref()?.way.as_deref()
+    }
+
+    /// In a simulation, the way to the database.
+    async fn arrive(&self) -> Result<()> {
+        let Some(way) = self.way() else { return Ok(()) };
+        let arrived = simulated::in_time(way.go()).await;
+        if arrived.is_err() {
+            self.0.health.set(false);
+        }
+        arrived
+    }
+
+    /// In a simulation, the way back with the outcome of a commit.
+    async fn answered(&self, done: Result<()>) -> Result<()> {
+        if done.is_ok()
+            && let Err(error) = self.arrive().await
+        {
+            return Err(Error::storage(Unknown(error)));
+        }
+        done
     }
 
     /// Drives work on the database to its end: in a simulation without letting time pass.
     pub async fn drive<T>(&self, work: impl Future<Output = T>) -> T {
-        if self.0.blocking { futures_executor::block_on(work) } else { work.await }
+        if self.0.simulated.is_some() { simulated::at_once(work).await } else { work.await }
     }
 
     /// Begins a transaction.
     pub async fn begin(&self) -> Result<Write<'_>> {
-        match &self.0.backend {
+        self.arrive().await?;
+        let writing = match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.begin().await.map(Writing::Sqlite),
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => postgres.begin().await.map(Writing::Postgres),
-        }
-        .map(Write)
+        }?;
+        Ok(Write { writing, db: self })
     }
 
     /// As [`begin`](Self::begin), but the transaction begins with [`Write::commit_with`]: what is
     /// read before that may have been changed by others when it does.
     pub async fn prepare(&self) -> Result<Write<'_>> {
-        match &self.0.backend {
+        self.arrive().await?;
+        let writing = match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.prepare().await.map(Writing::Sqlite),
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => postgres.prepare().await.map(Writing::Postgres),
-        }
-        .map(Write)
+        }?;
+        Ok(Write { writing, db: self })
     }
 
     /// Begins a transaction when the last one that [`prepare`](Self::prepare) began has ended,
     /// whatever became of its connection: what it wrote is to be seen, or was undone.
     pub async fn begin_after_last(&self) -> Result<Write<'_>> {
-        match &self.0.backend {
+        self.arrive().await?;
+        let writing = match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.begin().await.map(Writing::Sqlite),
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => {
                 postgres.prepare().await?.begin_alone().await.map(Writing::Postgres)
             }
-        }
-        .map(Write)
+        }?;
+        Ok(Write { writing, db: self })
     }
 
     /// Runs `f` in a transaction: committed, and synced, when `f` is `Ok`, else rolled back.
@@ -323,11 +294,14 @@ impl Db {
     {
         match &self.0.backend {
             Backend::Sqlite(sqlite) => {
-                let (_slot, mut tx) = sqlite.reader().await?;
+                self.arrive().await?;
+                let (slot, mut tx) = sqlite.reader().await?;
                 let result = f(&mut tx).await;
                 if !is_storage_failure(&result) {
                     sqlite.return_reader(tx);
                 }
+                drop(slot);
+                self.arrive().await?;
                 result
             }
             #[cfg(feature = "postgres")]
@@ -366,7 +340,7 @@ impl Db {
     /// it did not work before, a write that reaches the disk. Called twice a second by [`watch_health`].
     pub async fn probe(&self) -> bool {
         let room = match &self.0.backend {
-            Backend::Sqlite(sqlite) => sqlite.has_room(),
+            Backend::Sqlite(sqlite) => sqlite.has_room() && self.arrive().await.is_ok(),
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => postgres.answers().await,
         };
@@ -402,8 +376,7 @@ impl Db {
             match (statement, engine) {
                 (Statement::Query(sql), Engine::Sqlite) => texts.push(sql.sqlite),
                 (Statement::Query(sql), Engine::Postgres) => texts.push(sql.postgres),
-                (Statement::RowsOn(other, _), _) if *other != engine => {}
-                (Statement::Rows(bulk) | Statement::RowsOn(_, bulk), _) => {
+                (Statement::Rows(bulk), _) => {
                     texts.extend([bulk.text(engine, 1), bulk.text(engine, 64)]);
                 }
             }

@@ -23,8 +23,9 @@ use sqlx::{
 use tokio::sync::Semaphore;
 
 use super::{
-    Health, Script, Tx,
+    Health, Script, Simulated, Tx, Way,
     migrations::{self, Migrations},
+    simulated::in_time,
 };
 use crate::{
     error::{Error, Reason, Result},
@@ -51,6 +52,13 @@ const HEADROOM: u64 = 32 << 20;
 const BEGIN: &str = "BEGIN IMMEDIATE";
 const COMMIT: &str = "COMMIT";
 
+/// The database's clock, in microseconds, as statements read it: `SELECT now FROM server_clock`.
+const CLOCK: &str = "CREATE TEMP VIEW server_clock AS
+    SELECT CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER) AS now";
+/// The same, which a simulation sets.
+const SET_CLOCK: &str = "CREATE TEMP TABLE server_clock (now INTEGER NOT NULL);
+    INSERT INTO temp.server_clock VALUES (0)";
+
 /// A database file and its connections.
 pub(super) struct Sqlite {
     options: SqliteConnectOptions,
@@ -61,11 +69,13 @@ pub(super) struct Sqlite {
     reader_slots: Semaphore,
     headroom: AtomicU64,
     health: Arc<Health>,
+    /// Whose clock counts, in a simulation.
+    way: Option<Arc<dyn Way>>,
 }
 
 /// A transaction that writes.
 pub struct Write<'a> {
-    health: &'a Health,
+    db: &'a Sqlite,
     slot: tokio::sync::MutexGuard<'a, Option<SqliteConnection>>,
     tx: Option<Tx>,
     begun: bool,
@@ -92,6 +102,7 @@ impl Write<'_> {
         if script.is_empty() {
             return self.commit().await;
         }
+        self.db.tell_time(self.tx()).await?;
         if !self.begun {
             script.put_first(BEGIN);
             self.begun = true;
@@ -135,15 +146,19 @@ impl Write<'_> {
 
     /// Drops the connection, which undoes what it did; the next writer opens the file anew.
     fn distrust(self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-        self.health.set(false);
+        self.db.health.set(false);
         Error::storage(error)
     }
 }
 
 impl Sqlite {
     /// Opens the file as it is, making it when it is missing. For a simulation nothing is synced.
-    pub(super) async fn connect(path: &Path, simulated: bool, health: Arc<Health>) -> Result<Self> {
-        let synchronous = if simulated || faults::planted(Fault::UnsyncedCommits) {
+    pub(super) async fn connect(
+        path: &Path,
+        simulated: Option<&Simulated>,
+        health: Arc<Health>,
+    ) -> Result<Self> {
+        let synchronous = if simulated.is_some() || faults::planted(Fault::UnsyncedCommits) {
             SqliteSynchronous::Off
         } else {
             SqliteSynchronous::Full
@@ -161,7 +176,8 @@ impl Sqlite {
             .pragma("temp_store", "memory")
             .statement_cache_capacity(256)
             .disable_statement_logging();
-        let writer = open_connection(&options).await?;
+        let way = simulated.and_then(|simulated| simulated.way.clone());
+        let writer = open_with_clock(&options, way.is_some()).await?;
         Ok(Self {
             options,
             path: path.to_owned(),
@@ -170,6 +186,7 @@ impl Sqlite {
             reader_slots: Semaphore::new(READERS),
             headroom: AtomicU64::new(HEADROOM),
             health,
+            way,
         })
     }
 
@@ -186,14 +203,16 @@ impl Sqlite {
 
     /// The transaction begins with its first write.
     pub(super) async fn prepare(&self) -> Result<Write<'_>> {
-        let mut slot = self.writer.lock().await;
+        let mut slot = in_time(self.writer.lock()).await;
         let conn = match slot.take() {
             Some(conn) => Ok(conn),
-            None => open_connection(&self.options).await,
+            None => open_with_clock(&self.options, self.way.is_some()).await,
         };
         match conn {
             Ok(conn) => {
-                Ok(Write { health: &self.health, slot, tx: Some(Tx::Sqlite(conn)), begun: false })
+                let mut tx = Tx::Sqlite(conn);
+                self.tell_time(&mut tx).await?;
+                Ok(Write { db: self, slot, tx: Some(tx), begun: false })
             }
             Err(error) => {
                 self.health.set(false);
@@ -204,13 +223,22 @@ impl Sqlite {
 
     /// A reading connection, and the right to use it.
     pub(super) async fn reader(&self) -> Result<(tokio::sync::SemaphorePermit<'_>, Tx)> {
-        let slot = self.reader_slots.acquire().await.map_err(Error::internal)?;
+        let slot = in_time(self.reader_slots.acquire()).await.map_err(Error::internal)?;
         let pooled = self.readers.lock().pop();
         let conn = match pooled {
             Some(conn) => conn,
-            None => open_connection(&reader(&self.options)).await?,
+            None => open_with_clock(&reader(&self.options), self.way.is_some()).await?,
         };
-        Ok((slot, Tx::Sqlite(conn)))
+        let mut tx = Tx::Sqlite(conn);
+        self.tell_time(&mut tx).await?;
+        Ok((slot, tx))
+    }
+
+    /// Sets a connection's clock, in a simulation.
+    async fn tell_time(&self, tx: &mut Tx) -> Result<()> {
+        const SQL: super::Sql = super::Sql::each("UPDATE temp.server_clock SET now = $1", "");
+        let Some(way) = &self.way else { return Ok(()) };
+        tx.query(SQL).bind(way.now()).run().await.map(drop)
     }
 
     /// Takes a reading connection back.
@@ -313,6 +341,14 @@ fn connection(tx: Tx) -> Option<SqliteConnection> {
         #[cfg(feature = "postgres")]
         Tx::Postgres(_) => None,
     }
+}
+
+/// A connection whose statements may ask for the time.
+async fn open_with_clock(options: &SqliteConnectOptions, sets: bool) -> Result<SqliteConnection> {
+    let mut conn = open_connection(options).await?;
+    let clock = if sets { SET_CLOCK } else { CLOCK };
+    sqlx::raw_sql(clock).execute(&mut conn).await.map_err(Error::storage)?;
+    Ok(conn)
 }
 
 async fn open_connection(options: &SqliteConnectOptions) -> Result<SqliteConnection> {

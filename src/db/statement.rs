@@ -46,8 +46,6 @@ pub enum Statement {
     Query(Sql),
     /// One over rows.
     Rows(&'static Bulk),
-    /// One over rows that one engine alone needs.
-    RowsOn(Engine, &'static Bulk),
 }
 
 /// A statement and its values so far.

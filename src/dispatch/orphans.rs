@@ -7,6 +7,7 @@ use crate::{
     clock::Clock,
     db::Db,
     error::{Reason, Result},
+    faults::{self, Fault},
     instances::{Duty, Heartbeat, Mandate, Standing},
     tasks::{ledger::Ledger, reads, state::Event},
 };
@@ -44,7 +45,10 @@ impl Orphans {
         // After an outage of the database all instances seem dead, until they had time to show
         // that they are not.
         let settled = self.standing.good_for() > 2 * self.standing.interval();
-        if settled && let Some(mandate) = self.orphans.mandate() {
+        if settled
+            && !faults::planted(Fault::LeaveOrphans)
+            && let Some(mandate) = self.orphans.mandate()
+        {
             done.0 = self.lose(&mandate).await?;
         }
         if let Some(mandate) = self.limits.mandate() {
@@ -54,7 +58,11 @@ impl Orphans {
     }
 
     async fn lose(&self, mandate: &Mandate) -> Result<usize> {
-        let silent = self.standing.dead_after();
+        let silent = if faults::planted(Fault::OrphanLiving) {
+            Duration::ZERO
+        } else {
+            self.standing.dead_after()
+        };
         let read = self
             .db
             .read(move |tx| Box::pin(async move { reads::orphans(tx, silent, AT_ONCE).await }));

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::standing::{Held, Lock, Mandate};
 use crate::{
-    db::{Bulk, Engine, Script, Sql, Statement, Tx, Type},
+    db::{Bulk, Script, Sql, Statement, Tx, Type},
     error::{Error, Kind, Reason, Result},
     id::InstanceId,
 };
@@ -15,9 +15,9 @@ macro_rules! each {
         Sql::each(
             concat!(
                 $head,
-                "CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)",
+                "(SELECT now FROM server_clock)",
                 $middle,
-                "CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)",
+                "(SELECT now FROM server_clock)",
                 $tail
             ),
             concat!(
@@ -95,12 +95,13 @@ pub async fn check(tx: &mut Tx, held: &Held) -> Result<()> {
     })
 }
 
-static HOLD: Bulk = Bulk::new(
+static HOLD: Bulk = Bulk::holding(
     "WITH held (name, holder, epoch) AS (",
     &[Type::Text, Type::Id, Type::Int],
     ")
      SELECT 1 FROM locks JOIN held h ON locks.name = h.name
-     WHERE locks.holder = h.holder AND locks.epoch = h.epoch FOR SHARE OF locks",
+     WHERE locks.holder = h.holder AND locks.epoch = h.epoch",
+    " FOR SHARE OF locks",
 );
 
 /// As [`Mandate::check`], as part of a script.
@@ -114,7 +115,7 @@ pub fn hold(script: &mut Script, mandates: &[&Mandate]) -> Result<()> {
 
 const OTHERS: Sql = Sql::each(
     "SELECT count(*) FROM instances WHERE id <> $1
-     AND heartbeat_time >= CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER) - $2",
+     AND heartbeat_time >= (SELECT now FROM server_clock) - $2",
     "SELECT count(*) FROM instances WHERE id <> $1
      AND heartbeat_time >= (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - $2",
 );
@@ -128,7 +129,7 @@ pub async fn n_others(tx: &mut Tx, id: InstanceId, silent: Duration) -> Result<u
 
 const FORGET: Sql = Sql::each(
     "DELETE FROM instances
-     WHERE heartbeat_time < CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER) - $1",
+     WHERE heartbeat_time < (SELECT now FROM server_clock) - $1",
     "DELETE FROM instances
      WHERE heartbeat_time < (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - $1",
 );
@@ -144,7 +145,7 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Query(TAKE),
     Statement::Query(RELEASE),
     Statement::Query(CHECK),
-    Statement::RowsOn(Engine::Postgres, &HOLD),
+    Statement::Rows(&HOLD),
     Statement::Query(OTHERS),
     Statement::Query(FORGET),
 ];

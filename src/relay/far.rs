@@ -15,7 +15,10 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::{Log, Relay, log::Inner};
-use crate::id::TaskId;
+use crate::{
+    faults::{self, Fault},
+    id::TaskId,
+};
 
 /// What a log knows of other servers.
 #[derive(Debug, Default)]
@@ -177,7 +180,9 @@ impl Log {
             if live.is_some() || frames.is_empty() {
                 return;
             }
-            if !kept.known || kept.head + 1 < first {
+            let first = if faults::planted(Fault::FeedLate) { first + 1 } else { first };
+            let skips = !kept.known || kept.head + 1 < first;
+            if skips && !faults::planted(Fault::FeedGaps) {
                 self.skip_to(kept, first.saturating_sub(1));
             }
             let mut added = 0;

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     error::{Error, Kind, Reason, Result},
+    faults::{self, Fault},
     id::Namespace,
     instances::Phase,
     queue::Revocation,
@@ -79,6 +80,9 @@ impl Registry {
     /// Forgets a lease whose attempt another server has ended or taken over, and tells the runner
     /// if it is here.
     pub fn revoke_elsewhere(&self, revocation: Revocation) {
+        if faults::planted(Fault::CancelOnlyHere) {
+            return;
+        }
         let fence = Fence { task: revocation.task, attempt: revocation.attempt };
         let log = self.lock().leases.find(fence).map(|lease| lease.log.clone());
         self.revoke(revocation);

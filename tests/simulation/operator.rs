@@ -10,7 +10,7 @@ use baton::{
 };
 use tonic::{Code, Status, transport::Channel};
 
-use super::{CHAOS, N_RUNNERS, channel, is_transport};
+use super::{CHAOS, N_RUNNERS, hosts::Site, users::is_transport};
 
 /// A model that comes and goes; tasks are for another.
 const OTHER: &str = "test/other";
@@ -21,12 +21,12 @@ type Client = RunnerServiceClient<Channel>;
 
 /// Gives orders until the chaos is over, then has every runner take work; returns how many orders
 /// were obeyed before.
-pub async fn operate(dice: Entropy) -> u64 {
-    let mut client = RunnerServiceClient::new(channel());
+pub async fn operate(site: Site, dice: Entropy) -> u64 {
     let (mut number, mut n_obeyed) = (0, 0);
     while turmoil::sim_elapsed().unwrap_or_default() < CHAOS {
         tokio::time::sleep(Duration::from_millis(200 + dice.u64() % 2500)).await;
         let runner_id = format!("runner-{}", dice.u64() % N_RUNNERS);
+        let mut client = RunnerServiceClient::new(site.channel());
         number += 1;
         let request_id = format!("order-{number}");
         // Sometimes the answer counts as lost, and the order is repeated.
@@ -41,6 +41,7 @@ pub async fn operate(dice: Entropy) -> u64 {
     for i in 0..N_RUNNERS {
         let runner_id = format!("runner-{i}");
         loop {
+            let mut client = RunnerServiceClient::new(site.channel());
             let request_id = String::new();
             let resume = pb::ResumeRunnerRequest { runner_id: runner_id.clone(), request_id };
             match client.resume_runner(bounded(resume)).await {

@@ -31,7 +31,7 @@ use sqlx::{
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 pub(super) use self::error::from_database;
-use super::{Health, OLDEST_POSTGRES as OLDEST, Script, Tx, Unknown};
+use super::{Health, OLDEST_POSTGRES as OLDEST, Script, Tx, write::Unknown};
 use crate::error::{Error, Kind, Reason, Result};
 
 /// Connections that write: the ledger's, and a few for what is rare.

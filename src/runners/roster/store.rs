@@ -81,10 +81,7 @@ macro_rules! shown {
 }
 
 const LIST: Sql = Sql::each(
-    shown!(
-        "CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)",
-        "r.runner_id > $2 ORDER BY r.runner_id LIMIT $5"
-    ),
+    shown!("(SELECT now FROM server_clock)", "r.runner_id > $2 ORDER BY r.runner_id LIMIT $5"),
     shown!(
         "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint",
         "r.runner_id > $2 ORDER BY r.runner_id LIMIT $5"
@@ -105,7 +102,7 @@ pub async fn list(
 }
 
 const FIND: Sql = Sql::each(
-    shown!("CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)", "r.runner_id = $2"),
+    shown!("(SELECT now FROM server_clock)", "r.runner_id = $2"),
     shown!("(extract(epoch FROM clock_timestamp()) * 1000000)::bigint", "r.runner_id = $2"),
 );
 

@@ -333,7 +333,9 @@ impl Batch {
         if is_elsewhere(task, &parts.standing) {
             // Its server may have shown more than it stored.
             let head = self.durable.get(&task.id).copied().unwrap_or(0).max(base);
-            return (Head { head, in_doubt: Some(task.reserved_sequence) }, None);
+            let shown = Some(task.reserved_sequence);
+            let in_doubt = shown.filter(|_| !faults::planted(Fault::ForgetFarShown));
+            return (Head { head, in_doubt }, None);
         }
         let Some(log) = parts.relay.find(task.id) else {
             // A running attempt always has a log; without one nobody knows what was shown.
@@ -364,7 +366,7 @@ impl Batch {
             let task = &row.task;
             if task.state != State::Running
                 || task.attempt != segment.attempt
-                || is_elsewhere(task, standing)
+                || is_elsewhere(task, standing) && !faults::planted(Fault::RecordForOthers)
             {
                 continue;
             }

@@ -34,12 +34,11 @@ impl Bench {
 
     async fn on(dir: Arc<tempfile::TempDir>, clock: Clock) -> Self {
         let db = crate::db::testing::open(dir.path()).await;
-        let standing = match db.engine() {
-            Engine::Sqlite => Standing::alone(clock.clone()),
-            Engine::Postgres => {
-                let id = InstanceId::new(clock.now(), &Entropy::system());
-                Standing::among(id, Duration::from_secs(15), clock.clone())
-            }
+        let standing = if db.is_shared() {
+            let id = InstanceId::new(clock.now(), &Entropy::system());
+            Standing::among(id, Duration::from_secs(15), clock.clone())
+        } else {
+            Standing::alone(clock.clone())
         };
         let parts = Parts {
             db,

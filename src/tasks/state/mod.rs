@@ -226,7 +226,9 @@ pub fn apply(
             next.task.instance = *instance;
         }
         Event::Resume { attempt, runner, serves, instance } => {
-            check_lease(task, *attempt)?;
+            if !faults::planted(Fault::ResumeEndedAttempts) {
+                check_lease(task, *attempt)?;
+            }
             let serves = serves.as_ref().is_none_or(|serves| *serves == task.namespace);
             if task.runner.as_ref() != Some(runner) || !serves {
                 return Err(Rejected::LeaseLost);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::{
     clock::Micros,
-    db::{Bulk, Engine, FromRow, Json, Row, Script, Sql, Statement, Tx, Type, Values},
+    db::{Bulk, FromRow, Json, Row, Script, Sql, Statement, Tx, Type, Values},
     error::{Error, Result},
     faults::{self, Fault},
     id::{Namespace, TaskId},
@@ -190,12 +190,12 @@ fn bind_moving(row: &mut Values, task: &Task) -> Result<()> {
     Ok(())
 }
 
-static FENCE: Bulk = Bulk::new(
+static FENCE: Bulk = Bulk::holding(
     "WITH relied (id, was) AS (",
     &[Type::Id, Type::Int],
     ")
-     SELECT 1 FROM tasks JOIN relied r ON tasks.id = r.id WHERE tasks.revision = r.was
-     FOR SHARE OF tasks",
+     SELECT 1 FROM tasks JOIN relied r ON tasks.id = r.id WHERE tasks.revision = r.was",
+    " FOR SHARE OF tasks",
 );
 
 /// Holds rows that a transaction relies on without moving them, as (task, revision): each must
@@ -207,12 +207,12 @@ pub fn fence(script: &mut Script, relied: &[(TaskId, u64)]) -> Result<()> {
     })
 }
 
-static HOLD_ENDS: Bulk = Bulk::new(
+static HOLD_ENDS: Bulk = Bulk::holding(
     "WITH ends (id, was) AS (",
     &[Type::Id, Type::Int],
     ")
-     SELECT 1 FROM tasks JOIN ends e ON tasks.id = e.id WHERE tasks.revision = e.was
-     FOR UPDATE OF tasks",
+     SELECT 1 FROM tasks JOIN ends e ON tasks.id = e.id WHERE tasks.revision = e.was",
+    " FOR UPDATE OF tasks",
 );
 // A statement of its own, which sees what was committed while the one before it waited.
 static CHECK_ENDS: Bulk = Bulk::new(
@@ -335,14 +335,18 @@ pub fn insert_requests(script: &mut Script, requests: &[Request]) -> Result<()> 
     if faults::planted(Fault::ForgetRequestIds) {
         return Ok(());
     }
-    script.add_rows_if_alone(&INSERT_REQUESTS, requests, |row, request| {
+    let bind = |row: &mut Values, request: &Request| {
         row.bind(&request.namespace)
             .bind(&request.request_id)
             .bind(request.task)
             .bind(request.digest.to_vec())
             .bind(request.create_time);
         Ok(())
-    })
+    };
+    if faults::planted(Fault::RememberUnchecked) {
+        return script.add_rows(&INSERT_REQUESTS, requests, bind);
+    }
+    script.add_rows_if_alone(&INSERT_REQUESTS, requests, bind)
 }
 
 const FORGET_REQUESTS: Sql = Sql::new(
@@ -418,9 +422,9 @@ pub const STATEMENTS: &[Statement] = &[
     Statement::Query(LOAD),
     Statement::Rows(&INSERT),
     Statement::Rows(&UPDATE),
-    Statement::RowsOn(Engine::Postgres, &FENCE),
-    Statement::RowsOn(Engine::Postgres, &HOLD_ENDS),
-    Statement::RowsOn(Engine::Postgres, &CHECK_ENDS),
+    Statement::Rows(&FENCE),
+    Statement::Rows(&HOLD_ENDS),
+    Statement::Rows(&CHECK_ENDS),
     Statement::Rows(&LINK_RETRIES),
     Statement::Query(FIND_REQUESTS),
     Statement::Rows(&REMOVE_REQUESTS),

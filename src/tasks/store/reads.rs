@@ -320,7 +320,7 @@ macro_rules! orphans {
 }
 
 const ORPHANS: Sql = Sql::each(
-    orphans!("CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER)"),
+    orphans!("(SELECT now FROM server_clock)"),
     orphans!("(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"),
 );
 
