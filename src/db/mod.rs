@@ -40,7 +40,7 @@ pub use bulk::{Bulk, Type};
 pub use facts::{Facts, OLDEST_POSTGRES, facts};
 pub use row::{Column, FromRow, Row};
 pub use script::Script;
-pub use simulated::{Simulated, Way};
+pub use simulated::{Simulated, Way, in_time};
 pub use statement::{Query, Sql, Statement};
 pub use value::{Bind, Json, Value, Values};
 pub use write::{Write, is_unknown};

@@ -44,7 +44,7 @@ thread_local! {
 }
 
 /// Awaits something for which simulated time may pass.
-pub(super) async fn in_time<T>(work: impl Future<Output = T>) -> T {
+pub async fn in_time<T>(work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
     poll_fn(|cx| {
         let polled = work.as_mut().poll(cx);

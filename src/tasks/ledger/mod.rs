@@ -485,7 +485,7 @@ impl Writer {
                     )
                     .caused_by(error));
                 }
-                Err(_) => clock.sleep(LOOK).await,
+                Err(_) => db::in_time(clock.sleep(LOOK)).await,
             }
         }
     }
