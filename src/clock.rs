@@ -1,13 +1,19 @@
 //! Time as a port: wall-clock stamps for people and rows, monotonic time for leases
 //! and timeouts. Nothing else in the crate asks the operating system for the time.
 //!
+//! Servers that share a database follow its time ([`Clock::follow`]): the wall clock of none of
+//! them ends what another accepted.
+//!
 //! A [`Clock::manual`] stands still until [`Clock::advance`] moves it, so that tests
 //! of leases, backoffs and deadlines need no sleeping.
 
 use std::{
     future::Future,
     ops::{Add, Sub},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -67,8 +73,8 @@ pub struct Clock(Kind);
 
 #[derive(Clone, Debug)]
 enum Kind {
-    /// The machine's clocks.
-    System { start: tokio::time::Instant },
+    /// The machine's clocks, or, where another clock is followed, what that one shows.
+    System { start: tokio::time::Instant, followed: Arc<AtomicI64> },
     /// Wall time follows tokio's clock from a fixed time: a simulation's time.
     Simulated { start: tokio::time::Instant, wall: Micros },
     /// Stands still until moved.
@@ -81,13 +87,20 @@ struct Manual {
     mono: watch::Sender<Mono>,
 }
 
+/// No clock is followed.
+const NONE: i64 = i64::MIN;
+
+/// A followed clock is not set anew for less.
+const CLOSE: Duration = Duration::from_millis(20);
+
 /// Where simulated and manual time begin: 2026-01-01T00:00:00Z.
 pub const EPOCH: Micros = Micros(1_767_225_600_000_000);
 
 impl Clock {
     /// The machine's clocks.
     pub fn system() -> Self {
-        Self(Kind::System { start: tokio::time::Instant::now() })
+        let followed = Arc::new(AtomicI64::new(NONE));
+        Self(Kind::System { start: tokio::time::Instant::now(), followed })
     }
 
     /// Follows tokio's (possibly paused) clock, `elapsed` after [`EPOCH`].
@@ -110,19 +123,37 @@ impl Clock {
     #[expect(clippy::disallowed_methods, reason = "the one place that asks")]
     pub fn now(&self) -> Micros {
         match &self.0 {
-            Kind::System { .. } => {
-                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                Micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
-            }
+            Kind::System { start, followed } => match followed.load(Ordering::Relaxed) {
+                NONE => {
+                    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                    Micros(i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+                }
+                at_start => Micros(at_start) + start.elapsed(),
+            },
             Kind::Simulated { start, wall } => *wall + start.elapsed(),
             Kind::Manual(manual) => *manual.wall.lock(),
+        }
+    }
+
+    /// Follows another clock, which showed `time` at some moment from `before` to `after`: from now
+    /// on [`Clock::now`] is what that one shows, and the machine's wall clock is without effect. Small
+    /// differences, and those that the length of the look explains, are left as they are. Clocks
+    /// that are not the machine's follow none.
+    pub fn follow(&self, time: Micros, before: Mono, after: Mono) {
+        let Kind::System { followed, .. } = &self.0 else { return };
+        let half = after.since(before) / 2;
+        let at_start = (time - before.0 - half).0;
+        let known = followed.load(Ordering::Relaxed);
+        let allowed = i64::try_from((half + CLOSE).as_micros()).unwrap_or(i64::MAX);
+        if known == NONE || (at_start - known).abs() > allowed {
+            followed.store(at_start, Ordering::Relaxed);
         }
     }
 
     /// Now, by the monotonic clock.
     pub fn mono(&self) -> Mono {
         match &self.0 {
-            Kind::System { start } | Kind::Simulated { start, .. } => Mono(start.elapsed()),
+            Kind::System { start, .. } | Kind::Simulated { start, .. } => Mono(start.elapsed()),
             Kind::Manual(manual) => *manual.mono.borrow(),
         }
     }
@@ -132,7 +163,7 @@ impl Clock {
         let clock = self.clone();
         async move {
             match clock.0 {
-                Kind::System { start } | Kind::Simulated { start, .. } => {
+                Kind::System { start, .. } | Kind::Simulated { start, .. } => {
                     tokio::time::sleep_until(start + deadline.0).await;
                 }
                 Kind::Manual(manual) => {
@@ -169,5 +200,32 @@ impl Clock {
     pub fn set_wall(&self, to: Micros) {
         let Kind::Manual(manual) = &self.0 else { panic!("only a manual clock can be set") };
         *manual.wall.lock() = to;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_follows_another_shows_what_that_one_does() {
+        let clock = Clock::system();
+        let at = clock.mono();
+        clock.follow(EPOCH, at, at);
+        let shown = clock.now();
+        assert!(shown >= EPOCH && shown.since(EPOCH) <= clock.mono().since(at), "{shown:?}");
+        // What the look itself may be wrong by changes nothing.
+        let (before, later) = (clock.mono(), clock.mono() + Duration::from_secs(2));
+        clock.follow(clock.now() + Duration::from_millis(1_900), before, later);
+        assert!(clock.now().since(EPOCH) <= clock.mono().since(at));
+        clock.follow(EPOCH + Duration::from_hours(1), at, at);
+        assert!(clock.now().since(EPOCH) >= Duration::from_hours(1));
+    }
+
+    #[test]
+    fn time_that_a_test_moves_follows_nobody() {
+        let clock = Clock::manual();
+        clock.follow(EPOCH + Duration::from_hours(1), Mono::default(), Mono::default());
+        assert_eq!(clock.now(), EPOCH);
     }
 }

@@ -39,10 +39,13 @@ impl Heartbeat {
         let sent = self.clock.mono();
         let draining = self.leaving.is_cancelled();
         let (lasts, silent) = (self.standing.lock_ttl(), self.standing.dead_after());
-        let address = self.address.clone();
+        let (address, clock) = (self.address.clone(), self.clock.clone());
         let write = self.db.write(move |tx| {
             Box::pin(async move {
-                store::beat(tx, id, env!("CARGO_PKG_VERSION"), &address, draining).await?;
+                let before = clock.mono();
+                let version = env!("CARGO_PKG_VERSION");
+                let time = store::beat(tx, id, version, &address, draining).await?;
+                clock.follow(time, before, clock.mono());
                 let n_others = store::n_others(tx, id, silent).await?;
                 let mut locks = Vec::new();
                 if draining {

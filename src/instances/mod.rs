@@ -14,7 +14,9 @@
 //!
 //! The left side counts on the instance's own monotonic clock, from before the heartbeat was sent;
 //! the right side on the clock of the database, from when it was written. So an instance that is
-//! cut off has let go before others take, whatever the wall clocks say.
+//! cut off has let go before others take, whatever the wall clocks say. With each heartbeat an
+//! instance also takes the database's time for its own ([`crate::clock::Clock::follow`]), so that
+//! time limits are the same everywhere: the wall clock of one does not expire the tasks of all.
 //!
 //! A [`Lock`] is held by one instance at a time, for loops of which one is enough. Its epoch grows
 //! with every change of hands. What a loop writes in the name of a lock holds the lock's row at

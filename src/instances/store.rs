@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::standing::{Held, Lock, Mandate};
 use crate::{
+    clock::Micros,
     db::{Bulk, Script, Sql, Statement, Tx, Type},
     error::{Error, Kind, Reason, Result},
     id::InstanceId,
@@ -36,18 +37,21 @@ const BEAT: Sql = each!(
      VALUES ($1, $2, $3, $4, ",
     ", ",
     ") ON CONFLICT (id) DO UPDATE SET
-        draining = excluded.draining, heartbeat_time = excluded.heartbeat_time"
+        draining = excluded.draining, heartbeat_time = excluded.heartbeat_time
+       RETURNING heartbeat_time"
 );
 
-/// Writes down that an instance is there.
+/// Writes down that an instance is there; returns the database's time.
 pub async fn beat(
     tx: &mut Tx,
     id: InstanceId,
     version: &str,
     address: &str,
     draining: bool,
-) -> Result<()> {
-    tx.query(BEAT).bind(id).bind(version).bind(address).bind(draining).run().await.map(drop)
+) -> Result<Micros> {
+    let beat = tx.query(BEAT).bind(id).bind(version).bind(address).bind(draining);
+    let (time,) = beat.one().await?;
+    Ok(time)
 }
 
 const TAKE: Sql = each!(

@@ -6,7 +6,9 @@ use baton::pb::{self, TaskState};
 use rustix::process::Signal;
 
 use crate::harness::{
-    SOON, default, object,
+    SOON,
+    cluster::{Cluster, SETTINGS},
+    default, eventually, object, pass, seconds,
     server::{FAST, Process, Server},
     spec,
     wall::Wall,
@@ -100,4 +102,39 @@ async fn a_deadline_passes_when_the_clock_passes_it_also_while_the_server_is_dow
     server.restart().await;
     let end = server.api().wait_for(&task, &[TaskState::Expired], Duration::from_secs(3)).await;
     assert_eq!(end.attempt, 0);
+}
+
+/// Servers that share a database have its time: a clock that is wrong at one of them, which may be
+/// the one that looks for what is overdue, expires nothing, there or elsewhere.
+#[tokio::test]
+#[ignore = "needs the server that BATON_TEST_POSTGRES names"]
+async fn the_clock_of_one_server_of_several_expires_no_task() {
+    let mut cluster = Cluster::start(0).await;
+    let mut server = Server::stopped(SETTINGS);
+    server.set_env("BATON_DATABASE_URL", &cluster.url);
+    let wall = Wall::under(&mut server);
+    server.restart().await;
+    cluster.servers.push(server);
+    cluster.add(None).await;
+    let limited = || pb::TaskSpec { start_timeout: Some(seconds(4.0)), ..spec("test/nobody") };
+    for ahead in [30, -30] {
+        let tasks = [0, 1].map(|at| (cluster.api(at), limited()));
+        let mut waiting = Vec::new();
+        for (api, spec) in tasks {
+            // On a busy machine storage may seem to fail while a server starts.
+            let task = eventually("a submit is accepted", SOON, || async {
+                Some(api.try_submit(spec.clone()).await.ok()?.task_id)
+            });
+            let task = task.await;
+            waiting.push((api, task));
+        }
+        wall.set_ahead(ahead);
+        pass(Duration::from_secs(3)).await;
+        for (api, task) in &waiting {
+            assert_eq!(api.get(task).await.state(), TaskState::Queued, "{ahead} s ahead");
+        }
+        for (api, task) in &waiting {
+            api.wait_for(task, &[TaskState::Expired], Duration::from_secs(3)).await;
+        }
+    }
 }
