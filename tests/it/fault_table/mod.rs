@@ -1,80 +1,71 @@
-//! Three servers on one Postgres and one Redis, six runners, a load of tasks, and one fault after
-//! another: which promises held, as a table of counts.
+//! Three servers on one Postgres, one Redis and one bucket, six runners, a load of tasks, and one
+//! fault after another: which promises held, as a table of counts.
 //!
-//! `BATON_FAULT_SECONDS` says how long each fault lasts (6) and `BATON_FAULT_RATE` how many tasks
+//! `BATON_FAULT_SECONDS` says how long each fault lasts (4) and `BATON_FAULT_RATE` how many tasks
 //! come in a second (20); `BATON_INFLICT` picks faults whose name contains it.
 
+mod judge;
 mod load;
+mod probes;
 mod site;
 
-use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
+use std::{
+    collections::VecDeque,
+    fmt::Write as _,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::task::JoinSet;
 
 use self::{
-    load::{Load, Told},
+    judge::{PROMISES, Run, Verdicts},
+    load::Load,
+    probes::Press,
     site::{Fault, Site},
 };
-use crate::harness::{
-    SOON,
-    checks::{self, History, check_end, check_stream},
-    eventually, within,
-};
+use crate::harness::{SOON, eventually, pass, within};
 
-/// Promises that the runs look at.
-const PROMISES: [&str; 9] = ["P1", "P2", "P3", "P4", "P6", "P7-P9", "P10", "P17", "P18"];
-/// A task that waited was found again within this time after the fault, as far as clocks agree.
-const FOUND_WITHIN: Duration = Duration::from_secs(10);
-
-/// How often a promise was looked at, and what broke it.
-#[derive(Default)]
-struct Verdict {
-    n_checks: usize,
-    broken: Vec<String>,
-}
-
-impl Verdict {
-    fn check(&mut self, holds: bool, otherwise: impl FnOnce() -> String) {
-        self.n_checks += 1;
-        if !holds {
-            self.broken.push(otherwise());
-        }
-    }
-
-    fn cell(&self) -> String {
-        match self.broken.len() {
-            0 => self.n_checks.to_string(),
-            n => format!("{n} BROKEN of {}", self.n_checks),
-        }
-    }
-}
+/// The load is under way this long before a fault.
+const BEFORE: Duration = Duration::from_secs(2);
+/// Runners that are silent until they lose their lease, in each fault.
+const N_LATE: usize = 3;
+/// Longest time for throughput to come back, and for all that waited to be done after that.
+const RECOVERY: Duration = Duration::from_secs(60);
+const CATCHING_UP: Duration = Duration::from_secs(20);
+/// Between two looks at it.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What came of one fault.
 struct Row {
     fault: Fault,
-    figures: [String; 5],
-    verdicts: BTreeMap<&'static str, Verdict>,
+    figures: Vec<String>,
+    verdicts: Verdicts,
 }
 
-/// P1-P4, P6-P10, P17, P18 under each fault of the cluster.
+/// P1-P10, P12, P14-P18 under each fault of the cluster.
 // The links are carried by this process: no thread that carries may wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs the server that BATON_TEST_POSTGRES names"]
+#[ignore = "needs an installed Postgres"]
 async fn heavy_the_promises_hold_under_each_fault() {
     let number = |name, usual| match std::env::var(name) {
         Ok(text) => text.parse().expect("a number"),
         Err(_) => usual,
     };
-    let time = Duration::from_secs_f64(number("BATON_FAULT_SECONDS", 6.0));
+    let time = Duration::from_secs_f64(number("BATON_FAULT_SECONDS", 4.0));
     let rate = number("BATON_FAULT_RATE", 20.0);
     let mut site = Site::start(rate).await;
+    let mut waiting = probes::fill(&site.apis()[0]).await;
     let mut rows = Vec::new();
     let only = std::env::var("BATON_INFLICT").unwrap_or_default();
     for fault in Fault::ALL.into_iter().filter(|fault| fault.name().contains(&only)) {
-        rows.push(run(&mut site, fault, time, rate).await);
+        rows.push(run(&mut site, fault, time, rate, &mut waiting).await);
         println!("{}", table(&rows));
     }
     let broken: Vec<_> = rows
         .iter()
-        .flat_map(|row| row.verdicts.iter().map(move |(promise, verdict)| (row, promise, verdict)))
+        .flat_map(|row| {
+            row.verdicts.0.iter().map(move |(promise, verdict)| (row, promise, verdict))
+        })
         .flat_map(|(row, promise, verdict)| {
             let name = row.fault.name();
             verdict.broken.iter().take(5).map(move |what| format!("{promise}, {name}: {what}"))
@@ -83,14 +74,37 @@ async fn heavy_the_promises_hold_under_each_fault() {
     assert!(broken.is_empty(), "broken:\n{}", broken.join("\n"));
 }
 
-async fn run(site: &mut Site, fault: Fault, time: Duration, rate: f64) -> Row {
+async fn run(
+    site: &mut Site,
+    fault: Fault,
+    time: Duration,
+    rate: f64,
+    waiting: &mut Vec<String>,
+) -> Row {
     let name = format!("fault-{}", fault as usize);
-    let load = Load::start(&name, site.apis(), time + Duration::from_secs(2), rate);
-    site.inflict(fault, time).await;
-    let healed = std::time::Instant::now();
-    site.recovered().await;
-    let recovery = healed.elapsed();
-    let told = within("the load ends", time + 12 * SOON, load.ended()).await;
+    let pulse = Pulse::begin(rate);
+    let load = Load::start(&name, site.apis(), rate);
+    let press = Press::begin(site.apis());
+    let (mut late, mut run_out) = (JoinSet::new(), JoinSet::new());
+    for i in 0..N_LATE {
+        late.spawn(probes::late_words(site.apis(), format!("late-{}-{i}", fault as usize), i));
+    }
+    pass(BEFORE).await;
+    if matches!(fault, Fault::Nothing | Fault::ClockAhead) {
+        for (i, api) in site.apis().into_iter().enumerate() {
+            run_out.spawn(probes::run_out(api, format!("out-{}-{i}", fault as usize)));
+        }
+    }
+    let pids: Vec<_> = site.servers.iter_mut().map(|server| server.process().pid()).collect();
+    let usual = pulse.look(site).n_open;
+    let seen = site.inflict(fault, time).await;
+    let mended = Instant::now();
+    let (recovery, ready) = tokio::join!(pulse.recover(site, mended, usual), async {
+        site.recovered().await;
+        mended.elapsed()
+    });
+    pass((BEFORE + time).saturating_sub(pulse.begun.elapsed())).await;
+    let told = within("the load ends", 12 * SOON, load.ended()).await;
     let open = format!(
         "SELECT count(*) FROM tasks WHERE request_id LIKE '{name}-%' AND state IN ('QUEUED', 'RUNNING')"
     );
@@ -100,114 +114,145 @@ async fn run(site: &mut Site, fault: Fault, time: Duration, rate: f64) -> Row {
         eventually("no open task", 7 * SOON, || async { (site.sql(&open) == "0").then_some(()) }),
     )
     .await;
-    let verdicts = judge(site, &name, &told, time + fault.skew()).await;
+    let judged = Run { site, fault, name: &name, time, told: &told, seen: &seen };
+    let mut verdicts = judged.judge().await;
+    for looks in late.join_all().await {
+        verdicts.extend("P5", looks);
+    }
+    for looks in run_out.join_all().await {
+        verdicts.extend("P12", looks);
+    }
+    let (refused, accepted) = press.ended().await;
+    verdicts.extend("P15", refused);
+    waiting.extend(accepted);
+    judge_queue(site, rate, waiting, &mut verdicts);
+    if fault != Fault::ServersKilled {
+        for (server, before) in site.servers.iter_mut().zip(pids) {
+            let same = server.process().pid() == before && server.process().exit_code().is_none();
+            verdicts.look("P16", same, || "a server ended".into());
+        }
+    }
     let numbers = format!(
-        "SELECT sum(lost), sum(attempt), round(max(start_time - create_time) / 1e6, 1)
+        "SELECT sum(lost), round(max(start_time - create_time) / 1e6, 1)
          FROM tasks WHERE request_id LIKE '{name}-%'"
     );
     let numbers = site.sql(&numbers);
-    let mut numbers = numbers.split('|').map(str::to_owned);
-    let mut next = || numbers.next().unwrap_or_default();
-    let (lost, _attempts, waited) = (next(), next(), next());
+    let (lost, waited) = numbers.split_once('|').unwrap_or_default();
     let resent: u32 = told.iter().map(|told| told.resent).sum();
-    let figures = [
+    let not_ready = seen.ready_for.iter().flatten().max();
+    let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
+    let figures = vec![
         told.len().to_string(),
         resent.to_string(),
-        lost,
+        lost.to_owned(),
         format!("{waited} s"),
-        format!("{:.1} s", recovery.as_secs_f64()),
+        not_ready.map_or("-".into(), |time| seconds(*time)),
+        seconds(ready),
+        recovery.flowing.map_or("-".into(), seconds),
+        recovery.caught_up.map_or("-".into(), seconds),
     ];
     Row { fault, figures, verdicts }
 }
 
-async fn judge(
-    site: &Site,
-    name: &str,
-    told: &[Told],
-    time: Duration,
-) -> BTreeMap<&'static str, Verdict> {
-    let mut verdicts: BTreeMap<_, _> =
-        PROMISES.into_iter().map(|promise| (promise, Verdict::default())).collect();
-    let mut look = |promise: &str, holds: bool, otherwise: &dyn Fn() -> String| {
-        let verdict = verdicts.get_mut(promise).expect("a promise that is looked at");
-        verdict.check(holds, otherwise);
-    };
-    let mine = format!("FROM tasks t WHERE t.request_id LIKE '{name}-%'");
-    let rows = site.sql(&format!("SELECT t.id, t.state {mine}"));
-    let states: BTreeMap<_, _> = rows.lines().filter_map(|row| row.split_once('|')).collect();
-    for told in told {
-        let task = told.task.as_str();
-        look("P1", states.contains_key(task), &|| format!("{task} was accepted and is gone"));
-        let state = states.get(task).copied().unwrap_or("gone");
-        let open = matches!(state, "QUEUED" | "RUNNING");
-        look("P3", !open, &|| format!("{task} is still {state}"));
-        if let Some(again) = &told.again {
-            look("P2", again == task, &|| format!("{task} and {again} of one request id"));
-        }
-        look("P18", told.was_found, &|| format!("{task} was not found after the answer"));
-        if told.cancelled {
-            look("P10", state == "CANCELLED", &|| format!("{task} was cancelled and is {state}"));
-        } else {
-            let sound = state == "SUCCEEDED" || state == "CANCELLED";
-            look("P3", sound, &|| format!("{task} is {state}"));
-        }
+/// P15: a full queue takes no more, on any server, and drops nothing that it took.
+fn judge_queue(site: &Site, rate: f64, waiting: &[String], verdicts: &mut Verdicts) {
+    let found = site.sql("SELECT id FROM tasks WHERE model = 'test/full' AND state = 'QUEUED'");
+    let found: std::collections::BTreeSet<_> = found.lines().collect();
+    let dropped = waiting.iter().filter(|task| !found.contains(task.as_str())).count();
+    verdicts.look("P15", dropped == 0, || format!("{dropped} of {} are gone", waiting.len()));
+    let most = probes::most_waiting(rate);
+    let n_waiting = found.len() as u64;
+    let few = n_waiting <= most + most / 20;
+    verdicts.look("P15", few, || format!("{n_waiting} wait where {most} may"));
+}
+
+/// How many tasks of the load there are, and how many of them are open.
+struct Pulse {
+    begun: Instant,
+    /// The least id of a task from then on.
+    first: String,
+    rate: f64,
+}
+
+/// One look at it.
+struct Beat {
+    at: Instant,
+    n_open: u64,
+    n_ended: u64,
+}
+
+/// How long it took after a fault.
+#[derive(Default)]
+struct Recovery {
+    /// Until the first second in which nine in ten tasks ended of those that come in one.
+    flowing: Option<Duration>,
+    /// Until no more tasks were open than before it, and what comes in half a second.
+    caught_up: Option<Duration>,
+}
+
+impl Pulse {
+    fn begin(rate: f64) -> Self {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock");
+        let millis = now.as_millis() as u64;
+        let first = format!("{:08x}-{:04x}-7000-8000-000000000000", millis >> 16, millis & 0xffff);
+        Self { begun: Instant::now(), first, rate }
     }
-    let n_rows = states.len();
-    look("P2", n_rows == told.len(), &|| format!("{n_rows} tasks of {} requests", told.len()));
-    // Each attempt started once, and each task ended once, with its last entry.
-    let amiss = |condition: &str| site.sql(&format!("SELECT t.id {mine} AND {condition}"));
-    let of = "FROM task_events e WHERE e.task_id = t.id AND e.kind";
-    let attempts = amiss(&format!("t.attempt <> (SELECT count(*) {of} = 'attempt_started')"));
-    look("P4", attempts.is_empty(), &|| format!("attempts of {attempts}"));
-    let ends = amiss(&format!(
-        "t.state NOT IN ('QUEUED', 'RUNNING') AND
-         (SELECT array_agg(e.sequence) {of} = 'ended') IS DISTINCT FROM ARRAY[t.last_sequence]"
-    ));
-    look("P6", ends.is_empty(), &|| format!("ends of {ends}"));
-    let bound = (time + FOUND_WITHIN).as_micros();
-    let late = amiss(&format!("t.start_time - t.create_time > {bound}"));
-    look("P17", late.is_empty(), &|| format!("found late: {late}"));
-    // Readers: those who followed, and one at each server now.
-    for told in told.iter().filter(|told| !told.followed.is_empty()) {
-        let mut history = History::default();
-        let mut readers = vec![told.followed.clone()];
-        for (at, api) in site.apis().into_iter().enumerate() {
-            let read = load::follow(std::slice::from_ref(&api), &told.task, 0);
-            let events = tokio::time::timeout(SOON, read).await;
-            let cancelled = told.cancelled;
-            look("P7-P9", events.is_ok(), &|| {
-                format!("{} has no end at server {at}; cancelled: {cancelled}", told.task)
-            });
-            readers.extend(events);
-        }
-        let task = site.apis()[0].get(&told.task).await;
-        let problem = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            for events in &readers {
-                check_stream(&told.task, 0, events);
-                check_end(&task, events);
-                history.add(&told.task, events);
-                if !told.cancelled {
-                    assert_eq!(checks::text(events), told.text, "{}", told.task);
+
+    fn look(&self, site: &Site) -> Beat {
+        let counts = site.sql(&format!(
+            "SELECT count(*) FILTER (WHERE state IN ('QUEUED', 'RUNNING')), count(*)
+             FROM tasks WHERE id >= '{}' AND model = 'test/echo'",
+            self.first
+        ));
+        let (open, all) = counts.split_once('|').expect("two counts");
+        let [n_open, n_all] = [open, all].map(|count| count.parse::<u64>().expect("a count"));
+        Beat { at: Instant::now(), n_open, n_ended: n_all - n_open }
+    }
+
+    async fn recover(&self, site: &Site, mended: Instant, usual: u64) -> Recovery {
+        let mut recovery = Recovery::default();
+        let mut beats: VecDeque<Beat> = VecDeque::new();
+        let enough = usual + (self.rate / 2.0) as u64;
+        while (recovery.flowing.is_none() && mended.elapsed() < RECOVERY)
+            || (recovery.caught_up.is_none() && mended.elapsed() < CATCHING_UP)
+        {
+            let beat = self.look(site);
+            if recovery.caught_up.is_none() && beat.n_open <= enough {
+                recovery.caught_up = Some(beat.at - mended);
+            }
+            while beats.get(1).is_some_and(|next| beat.at - next.at >= Duration::from_secs(1)) {
+                beats.pop_front();
+            }
+            if let Some(before) = beats.front()
+                && beat.at - before.at >= Duration::from_secs(1)
+            {
+                let time = (beat.at - before.at).as_secs_f64();
+                let n_ended = (beat.n_ended - before.n_ended) as f64;
+                if recovery.flowing.is_none() && n_ended >= 0.9 * self.rate * time {
+                    recovery.flowing = Some(before.at - mended);
                 }
             }
-        }));
-        look("P7-P9", problem.is_ok(), &|| format!("streams of {}", told.task));
+            beats.push_back(beat);
+            pass(LOOK).await;
+        }
+        recovery
     }
-    verdicts
 }
 
 fn table(rows: &[Row]) -> String {
-    let mut text =
-        String::from("| fault | tasks | sent again | lost attempts | longest wait | recovery |");
+    let mut text = String::from(
+        "| fault | tasks | sent again | lost attempts | longest wait | ready without storage for \
+         | ready again | flowing | caught up |",
+    );
     for promise in PROMISES {
         let _ = write!(text, " {promise} |");
     }
     text += "\n|";
-    text += &" --- |".repeat(6 + PROMISES.len());
+    text += &" --- |".repeat(9 + PROMISES.len());
     for row in rows {
         let _ = write!(text, "\n| {} | {} |", row.fault.name(), row.figures.join(" | "));
         for promise in PROMISES {
-            let _ = write!(text, " {} |", row.verdicts[promise].cell());
+            let _ = write!(text, " {} |", row.verdicts.0[promise].cell());
         }
     }
     text

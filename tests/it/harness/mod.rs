@@ -9,6 +9,7 @@ pub mod command;
 pub mod database;
 pub mod disk;
 pub mod local;
+pub mod postgres;
 pub mod preload;
 pub mod proxy;
 pub mod runner;

@@ -31,7 +31,8 @@ impl Process {
         Self { child, log: log.into() }
     }
 
-    fn pid(&self) -> Pid {
+    /// The process.
+    pub fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 
