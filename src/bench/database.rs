@@ -82,9 +82,8 @@ pub(super) fn redis_pid(url: &str) -> Option<u32> {
     let mut stream =
         std::net::TcpStream::connect((url.host_str()?, url.port().unwrap_or(6379))).ok()?;
     stream.write_all(b"INFO server\r\nQUIT\r\n").ok()?;
-    let lines = BufReader::new(stream).lines().map_while(Result::ok);
-    let pid =
-        lines.filter_map(|line| line.strip_prefix("process_id:")?.trim().parse().ok()).next()?;
+    let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
+    let pid = lines.find_map(|line| line.strip_prefix("process_id:")?.trim().parse().ok())?;
     let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
     command.starts_with("redis").then_some(pid)
 }
