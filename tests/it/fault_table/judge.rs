@@ -233,7 +233,9 @@ impl Run<'_> {
             }
         });
         let looks: Vec<Looks> = looks.buffer_unordered(16).collect().await;
-        looks.into_iter().for_each(|looks| verdicts.extend("P14", looks));
+        for looks in looks {
+            verdicts.extend("P14", looks);
+        }
         let known = "SELECT type || '/' || left(name, 2) || '/' || substr(name, 3) FROM (
             SELECT type, sha256 || '-' || generation AS name FROM artifact_bytes
             UNION SELECT type, sha256 || '-' || generation FROM artifact_garbage) known";

@@ -30,7 +30,7 @@ const BEFORE: Duration = Duration::from_secs(2);
 /// Runners that are silent until they lose their lease, in each fault.
 const N_LATE: usize = 3;
 /// Longest time for throughput to come back, and for all that waited to be done after that.
-const RECOVERY: Duration = Duration::from_secs(60);
+const RECOVERY: Duration = Duration::from_mins(1);
 const CATCHING_UP: Duration = Duration::from_secs(20);
 /// Between two looks at it.
 const LOOK: Duration = Duration::from_millis(100);

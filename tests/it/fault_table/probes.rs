@@ -26,7 +26,7 @@ use crate::harness::{
 /// A model that no runner serves, whose queue is full.
 const FULL: &str = "test/full";
 /// Longest wait for a lease to be given, and to be lost.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Longest silence of a server that was asked for work.
 const POLL: f64 = 2.0;
 
