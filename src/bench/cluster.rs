@@ -120,16 +120,9 @@ fn tokens(plan: &Plan, site: &Site) -> anyhow::Result<Vec<Row>> {
         for (readers_at, into) in [(None, &mut here), (Some(site.servers[1].clone()), &mut across)]
         {
             let spec = relay::Spec {
-                server: site.servers[0].clone(),
                 readers_at,
                 also: site.servers[1..].iter().map(|server| server.pid).chain(site.redis).collect(),
-                tasks: 200,
-                connections: 4,
-                rate: 50.0,
-                step: false,
-                seconds: plan.seconds(),
-                tokens: 0,
-                events: false,
+                ..relay::Spec::paced(site.servers[0].clone(), plan.seconds())
             };
             into.push(play::<relay::Outcome>(&Role::Relay(spec))?);
         }

@@ -44,6 +44,25 @@ pub struct Spec {
     pub events: bool,
 }
 
+impl Spec {
+    /// The usual load: 200 tasks of 50 tokens a second, each in a message of its own, over 4
+    /// connections of runners and 4 of subscribers.
+    pub fn paced(server: Server, seconds: f64) -> Self {
+        Self {
+            server,
+            readers_at: None,
+            also: Vec::new(),
+            tasks: 200,
+            connections: 4,
+            rate: 50.0,
+            step: false,
+            seconds,
+            tokens: 0,
+            events: false,
+        }
+    }
+}
+
 /// A server to load.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Server {

@@ -13,18 +13,7 @@ use super::{
 
 /// Tokens to subscribers that read server-sent events, a connection each.
 pub fn events(plan: &Plan) -> anyhow::Result<Vec<Row>> {
-    let spec = |server| relay::Spec {
-        server,
-        readers_at: None,
-        also: Vec::new(),
-        tasks: 200,
-        connections: 4,
-        rate: 50.0,
-        step: false,
-        seconds: plan.seconds(),
-        tokens: 0,
-        events: true,
-    };
+    let spec = |server| relay::Spec { events: true, ..relay::Spec::paced(server, plan.seconds()) };
     let (floor, ours) = in_turn(plan, yardstick::Relay::Events, 2, spec)?;
     let row = |goal, what, of: fn(&relay::Outcome) -> f64| {
         Row::new(goal, what, "µs", each(&ours, of)).against(each(&floor, of))

@@ -215,18 +215,7 @@ pub(super) fn lost(outcomes: &[relay::Outcome]) -> String {
 }
 
 fn paced(plan: &Plan) -> anyhow::Result<Vec<Row>> {
-    let spec = |server| relay::Spec {
-        server,
-        readers_at: None,
-        also: Vec::new(),
-        tasks: 200,
-        connections: 4,
-        rate: 50.0,
-        step: false,
-        seconds: plan.seconds(),
-        tokens: 0,
-        events: false,
-    };
+    let spec = |server| relay::Spec::paced(server, plan.seconds());
     let (floor, ours) = in_turn(plan, yardstick::Relay::Typed, 2, spec)?;
     let row = |goal, what, of: fn(&relay::Outcome) -> f64| {
         Row::new(goal, what, "µs", each(&ours, of)).against(each(&floor, of))
@@ -249,18 +238,7 @@ fn paced(plan: &Plan) -> anyhow::Result<Vec<Row>> {
 }
 
 fn stepped(plan: &Plan) -> anyhow::Result<Vec<Row>> {
-    let spec = |server| relay::Spec {
-        server,
-        readers_at: None,
-        also: Vec::new(),
-        tasks: 200,
-        connections: 4,
-        rate: 50.0,
-        step: true,
-        seconds: plan.seconds(),
-        tokens: 0,
-        events: false,
-    };
+    let spec = |server| relay::Spec { step: true, ..relay::Spec::paced(server, plan.seconds()) };
     let (floor, ours) = in_turn(plan, yardstick::Relay::Body, 1, spec)?;
     let row = |goal, what, of: fn(&relay::Outcome) -> f64| {
         Row::new(goal, what, "µs", each(&ours, of)).against(each(&floor, of))
@@ -276,16 +254,10 @@ fn stepped(plan: &Plan) -> anyhow::Result<Vec<Row>> {
 
 fn fastest(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let spec = |server| relay::Spec {
-        server,
-        readers_at: None,
-        also: Vec::new(),
         tasks: 100,
-        connections: 4,
         rate: 0.0,
-        step: false,
-        seconds: 0.0,
         tokens: if plan.quick { 500_000 } else { 2_000_000 },
-        events: false,
+        ..relay::Spec::paced(server, 0.0)
     };
     let (floor, ours) = in_turn(plan, yardstick::Relay::Typed, 2, spec)?;
     let rate = |o: &relay::Outcome| o.tokens as f64 / o.seconds;
