@@ -35,15 +35,17 @@ class Child:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             env={**os.environ, **(env or {})},
         )
         children.append(self)
-        threading.Thread(target=self._read, daemon=True).start()
+        # A pipe each: on one, the lines of both can run into each other.
+        for pipe in (self.process.stdout, self.process.stderr):
+            threading.Thread(target=self._read, args=(pipe,), daemon=True).start()
         self.ready = self.line_with(ready)
 
-    def _read(self):
-        for line in self.process.stdout:
+    def _read(self, pipe):
+        for line in pipe:
             with self.seen:
                 self.lines.append(line.decode(errors="replace").rstrip())
                 self.seen.notify_all()
