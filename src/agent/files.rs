@@ -3,8 +3,11 @@
 //! Bytes go over a connection of their own, so that they hold back neither tokens nor heartbeats,
 //! with the attempt's token, which opens nothing else and dies with the lease. The runner never
 //! sees a credential of the storage behind the server.
+//!
+//! While the server or its storage is away, an attempt goes on trying for as long as it holds its
+//! lease: a cancel, a revocation, or a lost lease drops the attempt, and its transfer with it.
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{fmt, path::Path, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::OnceCell;
@@ -13,10 +16,18 @@ use tonic::{Code, Status, transport::Channel};
 use super::{connection::Connector, engine::Failure};
 use crate::{
     client::{Client, Listener, Progress, TransferError},
+    clock::Clock,
     error::{Reason, reason_name},
     grpc::status,
+    id::Entropy,
     pb,
+    runners::protocol::Backoff,
 };
+
+/// Bound of the first wait for a connection.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+/// Bound of the longest.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// The way that the bytes of all attempts take; clones share it.
 #[derive(Clone)]
@@ -25,12 +36,14 @@ pub struct Way(Arc<Inner>);
 struct Inner {
     connector: Connector,
     channel: OnceCell<Channel>,
+    clock: Clock,
+    entropy: Entropy,
 }
 
 impl Way {
     /// Not connected before the first file.
-    pub fn new(connector: Connector) -> Self {
-        Self(Arc::new(Inner { connector, channel: OnceCell::new() }))
+    pub fn new(connector: Connector, clock: Clock, entropy: Entropy) -> Self {
+        Self(Arc::new(Inner { connector, channel: OnceCell::new(), clock, entropy }))
     }
 
     /// The files of an attempt with that token.
@@ -55,13 +68,8 @@ impl fmt::Debug for Files {
 impl Files {
     /// What is known of an artifact that the task reads or has made.
     pub async fn get(&self, id: &str) -> Result<pb::Artifact, Failure> {
-        let client = self.client().await?;
-        let found = client.repeat(|| {
-            let mut artifacts = client.artifacts();
-            let request = pb::GetArtifactRequest { artifact_id: id.to_owned() };
-            async move { artifacts.get_artifact(request).await }
-        });
-        found.await.map_err(|error| failure("read", id, &error))
+        let found = self.client().await?.find_artifact(id).await;
+        found.map_err(|error| failure("read", id, &error))
     }
 
     /// The bytes of an artifact, if they are not more than `limit`.
@@ -75,13 +83,15 @@ impl Files {
             return Err(Failure::input(message));
         }
         let client = self.client().await?;
-        let fetched = client.fetch(&artifact, 0).await;
-        let mut pieces = fetched.map_err(|error| failure("read", id, &error))?;
+        let mut pieces = client.fetch(&artifact, 0);
         let mut bytes = BytesMut::new();
-        while let Some(piece) =
-            pieces.message().await.map_err(|error| failure("read", id, &error))?
-        {
-            bytes.extend_from_slice(&piece.data);
+        while let Some(piece) = pieces.next().await.map_err(|error| failure("read", id, &error))? {
+            bytes.extend_from_slice(&piece);
+        }
+        if bytes.len() as u64 != artifact.size_bytes {
+            let (came, size) = (bytes.len(), artifact.size_bytes);
+            let message = format!("{came} of the {size} bytes of artifact {id} came");
+            return Err(Failure::new(Reason::EngineError, true, message));
         }
         Ok(bytes.freeze())
     }
@@ -99,7 +109,7 @@ impl Files {
     pub async fn put(&self, spec: pb::ArtifactSpec, bytes: Bytes) -> Result<pb::Artifact, Failure> {
         let client = self.client().await?;
         let name = spec.name.clone();
-        let put = client.put_stream(std::io::Cursor::new(bytes), spec, unheard()).await;
+        let put = client.put_bytes(bytes, spec, unheard()).await;
         put.map_err(|error| moved("put", &name, &error))
     }
 
@@ -115,15 +125,25 @@ impl Files {
         put.map_err(|error| moved("put", &name, &error))
     }
 
+    /// The way to the server, as soon as there is one.
     async fn client(&self) -> Result<Client, Failure> {
-        let unreachable = |why: String| {
-            Failure::new(Reason::EngineError, true, format!("no connection for files: {why}"))
-        };
         let way = &self.way.0;
-        let channel = way.channel.get_or_try_init(|| (way.connector)()).await;
-        let channel = channel.map_err(|error| unreachable(error.to_string()))?;
+        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        let channel = loop {
+            match way.channel.get_or_try_init(|| (way.connector)()).await {
+                Ok(channel) => break channel,
+                Err(error) => {
+                    tracing::debug!("no connection for files: {error:#}");
+                    way.clock.sleep(backoff.next(way.entropy.unit())).await;
+                }
+            }
+        };
         let token = Some(&*self.token).filter(|token| !token.is_empty());
-        Client::over(channel.clone(), token).map_err(|error| unreachable(error.to_string()))
+        let client = Client::over(channel.clone(), token);
+        let client = client.map_err(|error| {
+            Failure::new(Reason::EngineError, true, format!("no connection for files: {error}"))
+        })?;
+        Ok(client.with_patience(Duration::MAX))
     }
 }
 

@@ -208,7 +208,7 @@ pub async fn run_with(
         models: config.models.clone(),
         config,
         engine,
-        files: files::Way::new(connector.clone()),
+        files: files::Way::new(connector.clone(), clock.clone(), entropy.clone()),
         connector,
         clock,
         entropy,

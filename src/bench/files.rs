@@ -125,9 +125,9 @@ pub async fn run(spec: Spec) -> anyhow::Result<Outcome> {
     let made = client.put_stream(noise(n_bytes), artifact, Arc::new(|_: Progress| {})).await?;
     let up = rate(n_bytes, started);
     let started = now_ns();
-    let (mut pieces, mut came) = (client.fetch(&made, 0).await?, 0);
-    while let Some(piece) = pieces.message().await? {
-        came += piece.data.len() as u64;
+    let (mut pieces, mut came) = (client.fetch(&made, 0), 0);
+    while let Some(piece) = pieces.next().await? {
+        came += piece.len() as u64;
     }
     let down = rate(n_bytes, started);
     anyhow::ensure!(came == n_bytes, "{came} of {n_bytes} bytes came back");

@@ -216,13 +216,12 @@ async fn get(context: &Context, client: &Client, args: &GetArgs) -> Outcome {
     let artifact = find(client, &args.artifact).await?;
     let doing = format!("get artifact {}", args.artifact);
     if args.to.as_deref() == Some(Path::new("-")) {
-        let fetched = client.fetch(&artifact, 0).await;
-        let mut pieces = fetched.map_err(|error| Failure::of_call(&doing, &error))?;
+        let mut pieces = client.fetch(&artifact, 0);
         let mut stdout = std::io::stdout().lock();
         while let Some(piece) =
-            pieces.message().await.map_err(|error| Failure::of_call(&doing, &error))?
+            pieces.next().await.map_err(|error| Failure::of_call(&doing, &error))?
         {
-            stdout.write_all(&piece.data).map_err(|error| super::output::broken(&error))?;
+            stdout.write_all(&piece).map_err(|error| super::output::broken(&error))?;
         }
         stdout.flush().map_err(|error| super::output::broken(&error))?;
         return Ok(Exit::Ok);

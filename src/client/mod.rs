@@ -20,6 +20,7 @@
 //! reads, and changes with a `request_id`, which [`Client::submit`] makes when it is absent.
 
 mod follow;
+mod patience;
 mod transfer;
 
 use std::{future::Future, time::Duration};
@@ -43,7 +44,7 @@ use crate::{
 };
 
 pub use follow::{Follow, Update};
-pub use transfer::{Listener, Progress, TransferError};
+pub use transfer::{Listener, Pieces, Progress, TransferError};
 
 /// Largest message read: a result with its text is far below.
 const MAX_MESSAGE: usize = 16 << 20;
@@ -153,7 +154,8 @@ impl Client {
         self
     }
 
-    /// Sets how long a stream tries to come back. Default 2 min.
+    /// Sets how long a stream tries to come back, and a transfer to go on, without any progress.
+    /// Default 2 min.
     #[must_use]
     pub fn with_patience(mut self, patience: Duration) -> Self {
         self.patience = patience;

@@ -17,9 +17,9 @@ use tokio::{
     fs::{File, OpenOptions},
     io::{AsyncRead, AsyncReadExt as _, AsyncSeekExt as _, AsyncWriteExt as _},
 };
-use tonic::{Code, Status};
+use tonic::Status;
 
-use super::Client;
+use super::{Client, patience::Patience};
 use crate::pb::{self, upload_artifact_request::Part};
 
 /// Bytes in one message.
@@ -66,9 +66,34 @@ impl TransferError {
     }
 }
 
+/// What an upload reads, again and again where it must.
+enum Source<'a> {
+    File(&'a Path),
+    Bytes(Bytes),
+}
+
+impl Source<'_> {
+    /// What is left from a position on.
+    async fn open(&self, offset: u64) -> Result<Box<dyn AsyncRead + Send + Unpin>, TransferError> {
+        match self {
+            Self::File(path) => {
+                let wrong = TransferError::file(path);
+                let mut file = File::open(path).await.map_err(&wrong)?;
+                file.seek(io::SeekFrom::Start(offset)).await.map_err(&wrong)?;
+                Ok(Box::new(file))
+            }
+            Self::Bytes(bytes) => {
+                let skipped = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                Ok(Box::new(io::Cursor::new(bytes.slice(skipped..))))
+            }
+        }
+    }
+}
+
 impl Client {
     /// Makes an artifact of a file. `spec` needs neither size nor digest. Goes on where an earlier
-    /// call for the same file and `spec` was cut off.
+    /// call for the same file and `spec` was cut off, and while the server or its storage is away,
+    /// as long as [patience](Self::with_patience) lasts.
     pub async fn put_file(
         &self,
         path: &Path,
@@ -83,34 +108,27 @@ impl Client {
         };
         spec.size_bytes = Some(size);
         spec.sha256 = hex::encode(digest);
-        let upload = self
-            .repeat(|| {
-                let (mut artifacts, spec) = (self.artifacts(), Some(spec.clone()));
-                async move { artifacts.create_upload(pb::CreateUploadRequest { spec }).await }
-            })
-            .await?;
-        let id = upload.upload_id;
-        let (mut offset, mut n_failures) = (upload.received_bytes, 0);
-        loop {
-            heard(Progress::Moving(offset));
-            if offset >= size && size > 0 {
-                return Ok(self.complete(&id).await?);
-            }
-            let error = match self.send(path, &id, offset, heard.clone()).await? {
-                Ok(artifact) => return Ok(artifact),
-                Err(error) => error,
-            };
-            if !matches!(error.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) {
-                return Err(error.into());
-            }
-            let before = offset;
-            offset = self.received(&id).await?;
-            n_failures = if offset > before { 0 } else { n_failures + 1 };
-            if n_failures > super::MAX_REPEATS {
-                return Err(error.into());
-            }
-            tokio::time::sleep(self.backoff(n_failures)).await;
-        }
+        self.put_announced(&Source::File(path), spec, &heard, Patience::new(self)).await
+    }
+
+    /// Makes an artifact of bytes in memory, with the patience of [`put_file`](Self::put_file).
+    pub async fn put_bytes(
+        &self,
+        bytes: Bytes,
+        mut spec: pb::ArtifactSpec,
+        heard: Listener,
+    ) -> Result<pb::Artifact, TransferError> {
+        spec.size_bytes = Some(bytes.len() as u64);
+        spec.sha256 = hex::encode(Sha256::digest(&bytes));
+        // Nothing need be announced where all goes well.
+        let put = self.put_stream(io::Cursor::new(bytes.clone()), spec.clone(), heard.clone());
+        let error = match put.await {
+            Err(TransferError::Call(error)) => error,
+            ended => return ended,
+        };
+        let mut patience = Patience::new(self);
+        patience.bear(error).await?;
+        self.put_announced(&Source::Bytes(bytes), spec, &heard, patience).await
     }
 
     /// Makes an artifact of whatever comes, which cannot be resumed.
@@ -126,44 +144,88 @@ impl Client {
         Ok(sent?.into_inner())
     }
 
-    async fn send(
+    /// Puts what `spec` has size and digest of.
+    async fn put_announced(
         &self,
-        path: &Path,
+        source: &Source<'_>,
+        spec: pb::ArtifactSpec,
+        heard: &Listener,
+        mut patience: Patience<'_>,
+    ) -> Result<pb::Artifact, TransferError> {
+        let upload = loop {
+            let (mut artifacts, spec) = (self.artifacts(), Some(spec.clone()));
+            match self.once(artifacts.create_upload(pb::CreateUploadRequest { spec })).await {
+                Ok(upload) => break upload,
+                Err(error) => patience.bear(error).await?,
+            }
+        };
+        let (id, size) = (&upload.upload_id, spec.size_bytes());
+        let (mut offset, mut known) = (upload.received_bytes, true);
+        loop {
+            let tried = if known {
+                heard(Progress::Moving(offset));
+                self.go_on(source, id, (offset, size), heard).await
+            } else {
+                match self.received(id).await {
+                    Ok(received) => {
+                        if received > offset {
+                            patience.renew();
+                        }
+                        (offset, known) = (received, true);
+                        continue;
+                    }
+                    Err(error) => Err(error.into()),
+                }
+            };
+            match tried {
+                Err(TransferError::Call(error)) => patience.bear(error).await?,
+                ended => return ended,
+            }
+            known = false;
+        }
+    }
+
+    /// Sends what an upload lacks, or completes it.
+    async fn go_on(
+        &self,
+        source: &Source<'_>,
         id: &str,
-        offset: u64,
-        heard: Listener,
-    ) -> Result<Result<pb::Artifact, Status>, TransferError> {
-        let wrong = TransferError::file(path);
-        let mut file = File::open(path).await.map_err(&wrong)?;
-        file.seek(io::SeekFrom::Start(offset)).await.map_err(&wrong)?;
-        let first = Part::Upload(pb::UploadPosition { upload_id: id.to_owned(), offset });
+        (offset, size): (u64, u64),
+        heard: &Listener,
+    ) -> Result<pb::Artifact, TransferError> {
         let mut artifacts = self.artifacts();
-        let sent = artifacts.upload_artifact(parts(first, file, offset, heard)).await;
-        Ok(sent.map(tonic::Response::into_inner))
+        if offset >= size && size > 0 {
+            let request = pb::CompleteUploadRequest { upload_id: id.to_owned() };
+            return Ok(self.once(artifacts.complete_upload(request)).await?);
+        }
+        let first = Part::Upload(pb::UploadPosition { upload_id: id.to_owned(), offset });
+        let rest = source.open(offset).await?;
+        let sent = artifacts.upload_artifact(parts(first, rest, offset, heard.clone())).await;
+        Ok(sent?.into_inner())
     }
 
     async fn received(&self, id: &str) -> Result<u64, Status> {
-        let upload = self
-            .repeat(|| {
-                let mut artifacts = self.artifacts();
-                let request = pb::GetUploadRequest { upload_id: id.to_owned() };
-                async move { artifacts.get_upload(request).await }
-            })
-            .await?;
-        Ok(upload.received_bytes)
+        let mut artifacts = self.artifacts();
+        let request = pb::GetUploadRequest { upload_id: id.to_owned() };
+        Ok(self.once(artifacts.get_upload(request)).await?.received_bytes)
     }
 
-    async fn complete(&self, id: &str) -> Result<pb::Artifact, Status> {
-        self.repeat(|| {
+    /// What is known of an artifact, with the patience of a transfer.
+    pub async fn find_artifact(&self, id: &str) -> Result<pb::Artifact, Status> {
+        let mut patience = Patience::new(self);
+        loop {
             let mut artifacts = self.artifacts();
-            let request = pb::CompleteUploadRequest { upload_id: id.to_owned() };
-            async move { artifacts.complete_upload(request).await }
-        })
-        .await
+            let request = pb::GetArtifactRequest { artifact_id: id.to_owned() };
+            match self.once(artifacts.get_artifact(request)).await {
+                Err(error) => patience.bear(error).await?,
+                found => return found,
+            }
+        }
     }
 
     /// Writes the bytes of an artifact to a file, which is replaced when it is there; goes on where
-    /// an earlier call was cut off.
+    /// an earlier call was cut off, and while the server or its storage is away, as long as
+    /// [patience](Self::with_patience) lasts.
     pub async fn get_file(
         &self,
         artifact: &pb::Artifact,
@@ -185,32 +247,21 @@ impl Client {
         } else {
             file.set_len(0).await.map_err(&wrong)?;
         }
-        let mut n_failures = 0;
-        while there < size {
-            let before = there;
-            let error = match self.fetch(artifact, there).await {
-                Ok(mut pieces) => loop {
-                    match pieces.message().await {
-                        Ok(Some(pb::DownloadArtifactResponse { data })) => {
-                            hasher.update(&data);
-                            file.write_all(&data).await.map_err(&wrong)?;
-                            there += data.len() as u64;
-                            heard(Progress::Moving(there));
-                        }
-                        Ok(None) => break None,
-                        Err(error) => break Some(error),
-                    }
-                },
-                Err(error) => Some(error),
-            };
-            let Some(error) = error.filter(|_| there < size) else { break };
-            n_failures = if there > before { 0 } else { n_failures + 1 };
-            let passing = matches!(error.code(), Code::Unavailable | Code::Unknown);
-            if !passing || n_failures > super::MAX_REPEATS {
-                file.flush().await.map_err(&wrong)?;
-                return Err(error.into());
+        let mut pieces = self.fetch(artifact, there);
+        loop {
+            match pieces.next().await {
+                Ok(None) => break,
+                Ok(Some(data)) => {
+                    hasher.update(&data);
+                    file.write_all(&data).await.map_err(&wrong)?;
+                    there += data.len() as u64;
+                    heard(Progress::Moving(there));
+                }
+                Err(error) => {
+                    file.flush().await.map_err(&wrong)?;
+                    return Err(error.into());
+                }
             }
-            tokio::time::sleep(self.backoff(n_failures)).await;
         }
         file.flush().await.map_err(&wrong)?;
         if there != size || hex::encode(hasher.finalize()) != artifact.sha256 {
@@ -221,15 +272,64 @@ impl Client {
         tokio::fs::rename(&partial, path).await.map_err(TransferError::file(path))
     }
 
-    /// The bytes of an artifact from a position on.
-    pub async fn fetch(
-        &self,
-        artifact: &pb::Artifact,
-        offset: u64,
-    ) -> Result<tonic::Streaming<pb::DownloadArtifactResponse>, Status> {
-        let artifact_id = artifact.artifact_id.clone();
-        let request = pb::DownloadArtifactRequest { artifact_id, offset, limit: 0 };
-        Ok(self.artifacts().download_artifact(request).await?.into_inner())
+    /// The bytes of an artifact from a position on, over broken connections.
+    pub fn fetch(&self, artifact: &pb::Artifact, offset: u64) -> Pieces<'_> {
+        Pieces {
+            client: self,
+            id: artifact.artifact_id.clone(),
+            there: offset,
+            size: artifact.size_bytes,
+            stream: None,
+            patience: Patience::new(self),
+        }
+    }
+}
+
+/// The bytes of an artifact as they come; asked for again from where they broke off, as long as
+/// [patience](Client::with_patience) lasts.
+pub struct Pieces<'a> {
+    client: &'a Client,
+    id: String,
+    there: u64,
+    size: u64,
+    stream: Option<tonic::Streaming<pb::DownloadArtifactResponse>>,
+    patience: Patience<'a>,
+}
+
+impl Pieces<'_> {
+    /// The next bytes; none at the end.
+    ///
+    /// # Errors
+    /// With what the server said last.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        while self.there < self.size {
+            match self.piece().await {
+                Ok(Some(data)) => {
+                    self.patience.renew();
+                    self.there += data.len() as u64;
+                    return Ok(Some(data));
+                }
+                Ok(None) => return Ok(None),
+                Err(error) => {
+                    self.stream = None;
+                    self.patience.bear(error).await?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    async fn piece(&mut self) -> Result<Option<Bytes>, Status> {
+        let stream = match &mut self.stream {
+            Some(stream) => stream,
+            none => {
+                let (artifact_id, offset) = (self.id.clone(), self.there);
+                let request = pb::DownloadArtifactRequest { artifact_id, offset, limit: 0 };
+                let opened = self.client.artifacts().download_artifact(request).await?;
+                none.insert(opened.into_inner())
+            }
+        };
+        Ok(stream.message().await?.map(|piece| piece.data))
     }
 }
 

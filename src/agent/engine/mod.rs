@@ -266,7 +266,7 @@ pub(crate) mod testing {
     fn unconnected() -> Files {
         let nowhere: crate::agent::Connector =
             std::sync::Arc::new(|| Box::pin(async { anyhow::bail!("there is no server") }));
-        crate::agent::files::Way::new(nowhere).files("")
+        crate::agent::files::Way::new(nowhere, Clock::system(), Entropy::system()).files("")
     }
 
     /// Runs to the end; returns the events too.

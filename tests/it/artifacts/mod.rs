@@ -2,6 +2,7 @@
 //! and by command.
 
 mod content;
+mod outage;
 mod requests;
 mod work;
 

@@ -27,10 +27,10 @@ use crate::harness::{
     within,
 };
 
-const MODEL: &str = "test/echo";
+pub const MODEL: &str = "test/echo";
 
 /// A task that reads an artifact and saves what it says as another.
-fn task(input: &str) -> pb::TaskSpec {
+pub fn task(input: &str) -> pb::TaskSpec {
     let text = |text: &str| prost_types::Value {
         kind: Some(prost_types::value::Kind::StringValue(text.into())),
     };

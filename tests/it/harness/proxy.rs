@@ -48,6 +48,7 @@ pub struct Proxy {
     pub addr: SocketAddr,
     link: watch::Sender<Link>,
     bytes_down: Arc<AtomicU64>,
+    refused: Arc<AtomicU64>,
     accept: JoinHandle<()>,
 }
 
@@ -58,16 +59,18 @@ impl Proxy {
         let addr = listener.local_addr().expect("the port's address");
         let link = watch::Sender::new(Link::default());
         let bytes_down = Arc::new(AtomicU64::new(0));
-        let (state, counted) = (link.clone(), bytes_down.clone());
+        let refused = Arc::new(AtomicU64::new(0));
+        let (state, counted, n_refused) = (link.clone(), bytes_down.clone(), refused.clone());
         let accept = tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
                 if state.borrow().refusing {
+                    n_refused.fetch_add(1, Ordering::Relaxed);
                     continue;
                 }
                 tokio::spawn(carry(near, target, state.subscribe(), counted.clone()));
             }
         });
-        Self { addr, link, bytes_down, accept }
+        Self { addr, link, bytes_down, refused, accept }
     }
 
     /// Changes the link.
@@ -91,6 +94,11 @@ impl Proxy {
             let cuts = link.cuts;
             *link = Link { cuts, ..Link::default() };
         });
+    }
+
+    /// Connections that were refused so far.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// Bytes that went to the dialling parties so far.
