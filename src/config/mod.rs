@@ -103,9 +103,10 @@ pub struct Limits {
     pub connections_per_ip: usize,
     /// Open calls on one connection.
     pub streams_per_connection: u32,
-    /// Unary calls at work in all; more are refused, health and metrics excepted.
+    /// Unary calls at work in all; more are refused, health and metrics excepted, and calls that
+    /// wait for a runner or for work.
     pub calls: usize,
-    /// Open streaming calls in all.
+    /// Open streaming calls in all, and calls that wait for a runner or for work.
     pub streams: usize,
     /// A connection that has not spoken for this long since it opened is closed.
     #[serde(with = "units::duration")]

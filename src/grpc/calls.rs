@@ -270,7 +270,7 @@ impl Inner {
         if method.access == Access::Health {
             return Ok(None);
         }
-        let (gauge, limit, label) = if method.is_streaming() {
+        let (gauge, limit, label) = if method.is_streaming() || method.waits {
             (&self.metrics.streams, self.limits.streams, "streams")
         } else {
             (&self.metrics.calls, self.limits.calls, "calls")

@@ -21,6 +21,9 @@ pub struct Method {
     pub client_streaming: bool,
     /// Whether the server sends many messages.
     pub server_streaming: bool,
+    /// Whether the handler may wait for a runner or for work before it answers: such a call does
+    /// nothing for most of its time, and takes the place of a stream.
+    pub waits: bool,
     /// Who may call it.
     pub access: Access,
 }
@@ -116,6 +119,14 @@ fn access(service: &str, method: &str) -> Option<Access> {
     Some(access)
 }
 
+/// Whether a unary method may wait for long.
+fn waits(service: &str, method: &str) -> bool {
+    let runners = service == "baton.v1.RunnerService";
+    let commands =
+        ["DrainRunner", "PauseRunner", "ResumeRunner", "ApplyModel", "ReloadRunner", "TuneRunner"];
+    runners && (method == "Poll" || commands.contains(&method))
+}
+
 /// All methods by path, such as `/baton.v1.TaskService/GetTask`.
 pub static METHODS: LazyLock<HashMap<&'static str, Method>> = LazyLock::new(|| {
     let sets = [
@@ -142,6 +153,7 @@ pub static METHODS: LazyLock<HashMap<&'static str, Method>> = LazyLock::new(|| {
                             service: service_name,
                             client_streaming: method.client_streaming(),
                             server_streaming: method.server_streaming(),
+                            waits: waits(service_name, method.name()),
                             access,
                         },
                     );

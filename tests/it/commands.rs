@@ -186,6 +186,35 @@ async fn a_drain_shows_its_progress_and_is_waited_for() {
     server.stop().await;
 }
 
+/// P15: who waits for a runner, or as one for work, keeps nobody else from being answered.
+#[tokio::test]
+async fn calls_that_wait_take_no_place_among_those_at_work() {
+    let server = Local::start(&[("BATON_LIMITS_CALLS", "1")]).await;
+    let api = server.api();
+    let mut runner = connect(&api, &[MODEL]).await;
+    let drain = pb::DrainRunnerRequest { runner_id: "r1".into(), wait: true, ..default() };
+    let mut runners = api.runners();
+    let answer = tokio::spawn(async move { runners.drain_runner(drain).await });
+    let (id, _) = runner.commanded().await;
+    let hello = connect_request::Body::Hello(scripted::hello("r2", &[OTHER], 1));
+    let poll = |session_id, messages| {
+        let (mut runners, wait) = (api.runners(), Some(seconds(30.0)));
+        async move { runners.poll(pb::PollRequest { messages, session_id, wait }).await }
+    };
+    let hello = pb::ConnectRequest { seq: 0, ack: 0, body: Some(hello) };
+    let welcome = poll(String::new(), vec![hello]).await.expect("a welcome").into_inner();
+    let Some(connect_response::Body::Welcome(welcome)) = welcome.messages[0].body.clone() else {
+        panic!("no welcome: {welcome:?}")
+    };
+    let waiting = tokio::spawn(poll(welcome.session_id, Vec::new()));
+    assert_eq!(get(&api).await.state(), runner::State::Draining);
+    assert!(!answer.is_finished() && !waiting.is_finished());
+    runner.done(&id).await;
+    within("an answer", SOON, answer).await.expect("no panic").expect("drained");
+    waiting.abort();
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn the_same_request_id_is_the_same_command() {
     let server = Local::start(&[]).await;
