@@ -200,10 +200,13 @@ impl App {
         loops.spawn_flushing_loop("recorder", recorder.run(loops.last_call()));
         // As above.
         if !clock.is_simulated() {
-            // Other servers do not see this one's files: among several, segments stay in the
-            // database.
-            if standing.id().is_none() {
-                loops.spawn_loop("archive", Archiver::new(db.clone(), blobs, clock.clone()).run());
+            // Other servers do not see this one's files: without a bucket, segments stay in the
+            // database that several may share.
+            if standing.id().is_none() || blobs.is_shared() {
+                let (clock, entropy) = (clock.clone(), entropy.clone());
+                let duty = standing.duty(Lock::Archive);
+                let archiver = Archiver::new(db.clone(), blobs, clock, entropy, duty);
+                loops.spawn_loop("archive", archiver.run());
             }
             loops.spawn_loop("artifacts", artifacts.clone().run(standing.duty(Lock::Artifacts)));
         }

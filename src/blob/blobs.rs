@@ -44,6 +44,15 @@ impl Blobs {
         Self(Kind::Bucket(bucket, name))
     }
 
+    /// Whether several servers may use them at a time.
+    pub fn is_shared(&self) -> bool {
+        match &self.0 {
+            Kind::Directory(_) => false,
+            #[cfg(feature = "s3")]
+            Kind::Bucket(..) => true,
+        }
+    }
+
     /// Keeps `bytes`; they are on stable storage when this returns.
     pub async fn put(&self, bytes: Bytes) -> Result<Digest, Error> {
         match &self.0 {

@@ -36,11 +36,14 @@ pub enum Lock {
     Housekeeping,
     /// Collecting artifacts that nothing refers to.
     Artifacts,
+    /// Moving transcripts of ended tasks to a bucket.
+    Archive,
 }
 
 impl Lock {
     /// All of them, in the order in which they are taken.
-    pub const ALL: [Self; 4] = [Self::Orphans, Self::Limits, Self::Housekeeping, Self::Artifacts];
+    pub const ALL: [Self; 5] =
+        [Self::Orphans, Self::Limits, Self::Housekeeping, Self::Artifacts, Self::Archive];
 
     /// Its name in the database.
     pub fn name(self) -> &'static str {
@@ -49,6 +52,7 @@ impl Lock {
             Self::Limits => "limits",
             Self::Housekeeping => "housekeeping",
             Self::Artifacts => "artifacts",
+            Self::Archive => "archive",
         }
     }
 }

@@ -3,8 +3,10 @@
 //! The segments of many ended tasks are packed into one blob, with one sync; then, in one
 //! transaction, each task's row says where its transcript lies and its segments go. A blob
 //! that no row refers to, since a crash came between or its tasks were deleted, is collected.
-//! The directory of these blobs belongs to this loop alone; in a bucket, which several servers
-//! share, a blob is left alone for a while.
+//! The directory of these blobs belongs to this loop alone. In a bucket, which several servers
+//! share, one server at a time packs and collects, by a lock whose epoch the rows are written
+//! under, and a blob is left alone for a while. No blob is like another: a deletion that is carried
+//! out late, of a server that lost the lock, never meets one that was put since.
 //!
 //! A transcript is a sequence of records: first sequence, number of frames, and length of the
 //! frames, each a varint, then the length-delimited frames.
@@ -22,7 +24,8 @@ use crate::{
     clock::Clock,
     db::Db,
     error::{Error, Result},
-    id::TaskId,
+    id::{Entropy, TaskId},
+    instances::{Duty, Mandate},
 };
 
 /// Bytes after which a blob is closed.
@@ -41,25 +44,36 @@ const SETTLED: Duration = Duration::from_hours(1);
 /// Time between two looks for ended tasks.
 const INTERVAL: Duration = Duration::from_secs(2);
 
+/// The same where each look may cost calls of a bucket, and makes an object there.
+const SHARED_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Bytes at the beginning of a blob that make it like no other.
+const NONCE: usize = 16;
+
 /// Moves transcripts of ended tasks to blobs.
 pub struct Archiver {
     db: Db,
     blobs: Blobs,
     clock: Clock,
+    entropy: Entropy,
+    duty: Duty,
+    /// Which blobs are looked at next.
     shard: AtomicU8,
 }
 
 impl Archiver {
-    /// An archiver that has `blobs` for itself.
-    pub fn new(db: Db, blobs: Blobs, clock: Clock) -> Self {
-        Self { db, blobs, clock, shard: AtomicU8::new(0) }
+    /// An archiver that has `blobs` for itself while it has the `duty`.
+    pub fn new(db: Db, blobs: Blobs, clock: Clock, entropy: Entropy, duty: Duty) -> Self {
+        Self { db, blobs, clock, entropy, duty, shard: AtomicU8::new(0) }
     }
 
     /// Archives and collects for ever. Failures are tried again at the next look.
     pub async fn run(self) -> anyhow::Result<()> {
+        let interval = if self.blobs.is_shared() { SHARED_INTERVAL } else { INTERVAL };
         loop {
-            self.clock.sleep(INTERVAL).await;
-            if let Err(error) = self.run_once().await {
+            self.clock.sleep(interval).await;
+            let Some(mandate) = self.duty.mandate() else { continue };
+            if let Err(error) = self.run_once(&mandate).await {
                 tracing::warn!(%error, cause = ?std::error::Error::source(&error), "transcripts wait to be archived");
             }
         }
@@ -67,10 +81,10 @@ impl Archiver {
 
     /// Archives what has ended, and collects one 256th of the blobs; returns how many
     /// transcripts were moved.
-    pub async fn run_once(&self) -> Result<usize> {
+    pub async fn run_once(&self, mandate: &Mandate) -> Result<usize> {
         let mut n_moved = 0;
         loop {
-            let n_tasks = self.archive_some().await?;
+            let n_tasks = self.archive_some(mandate).await?;
             n_moved += n_tasks;
             if n_tasks == 0 {
                 break;
@@ -81,10 +95,12 @@ impl Archiver {
     }
 
     /// Archives as many ended tasks as one blob holds; returns how many.
-    async fn archive_some(&self) -> Result<usize> {
-        let read = self.db.read(|tx| {
+    async fn archive_some(&self, mandate: &Mandate) -> Result<usize> {
+        let mut nonce = [0; NONCE];
+        self.entropy.fill(&mut nonce);
+        let read = self.db.read(move |tx| {
             Box::pin(async move {
-                let mut pack = BytesMut::new();
+                let mut pack = BytesMut::from(&nonce[..]);
                 let mut places = Vec::new();
                 for task in transcripts::unarchived(tx, None, TASKS).await? {
                     let (segments, _) = transcripts::segments(tx, task, 0, usize::MAX).await?;
@@ -107,7 +123,14 @@ impl Archiver {
         let n_tasks = places.len();
         let mut script = self.db.script();
         transcripts::archive(&mut script, &places)?;
-        self.db.write(|tx| Box::pin(script.run(tx))).await?;
+        let mandate = mandate.clone();
+        let write = self.db.write(move |tx| {
+            Box::pin(async move {
+                mandate.check(tx).await?;
+                script.run(tx).await
+            })
+        });
+        write.await?;
         Ok(n_tasks)
     }
 

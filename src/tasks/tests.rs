@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::{BufMut, Bytes};
 use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use prost::Message;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     archive::Archiver,
@@ -23,7 +24,8 @@ use crate::{
     clock::Micros,
     error::{Kind, Reason},
     events::frame,
-    id::TaskId,
+    id::{InstanceId, TaskId},
+    instances::{Duty, Heartbeat, Lock, Standing},
     pb::{self, task_event::Body},
     relay::{Encoded, Limits, Log, Relay},
 };
@@ -33,6 +35,7 @@ struct Life {
     bench: Bench,
     recorder: Recorder,
     archiver: Archiver,
+    duty: Duty,
 }
 
 impl Life {
@@ -45,8 +48,15 @@ impl Life {
         let parts = bench.parts.clone();
         let recorder =
             Recorder::new(parts.relay, bench.ledger.clone(), parts.clock.clone(), parts.metrics);
-        let archiver = Archiver::new(parts.db, parts.blobs, parts.clock);
-        Self { bench, recorder, archiver }
+        let duty = Standing::alone(parts.clock.clone()).duty(Lock::Archive);
+        let archiver =
+            Archiver::new(parts.db, parts.blobs, parts.clock, parts.entropy, duty.clone());
+        Self { bench, recorder, archiver, duty }
+    }
+
+    async fn archive(&self) -> crate::error::Result<usize> {
+        let mandate = self.duty.mandate().unwrap();
+        self.archiver.run_once(&mandate).await
     }
 
     /// A reader over `relay`: the server's own, or a new one, which knows nothing.
@@ -128,8 +138,8 @@ async fn a_reader_gets_the_same_bytes_from_log_segments_and_transcript() {
         let beyond = life.stored().follow(task.id, 704, Options::default()).next().await;
         assert_eq!(beyond.unwrap().unwrap_err().kind(), Kind::OutOfRange);
         if round == 0 {
-            assert_eq!(life.archiver.run_once().await.unwrap(), 1);
-            assert_eq!(life.archiver.run_once().await.unwrap(), 0);
+            assert_eq!(life.archive().await.unwrap(), 1);
+            assert_eq!(life.archive().await.unwrap(), 0);
         }
     }
     let (segments, _) = life
@@ -178,7 +188,7 @@ async fn a_large_transcript_is_read_window_by_window() {
         life.recorder.run_once().await.unwrap();
     }
     let end = life.end(&task).await.last_sequence;
-    life.archiver.run_once().await.unwrap();
+    life.archive().await.unwrap();
     for after in [0, 17, 20_000, end - 1] {
         let late = all(life.stored().follow(task.id, after, Options::default())).await;
         assert_eq!(sequences(&late), (after + 1..=end).collect::<Vec<_>>());
@@ -253,7 +263,7 @@ async fn the_transcript_of_a_deleted_task_is_collected() {
         life.end(&task).await;
         ids.push(task.id);
     }
-    assert_eq!(life.archiver.run_once().await.unwrap(), 2, "both in one blob");
+    assert_eq!(life.archive().await.unwrap(), 2, "both in one blob");
     let blobs = |life: &Life| {
         let blobs = life.bench.parts.blobs.clone();
         async move {
@@ -274,6 +284,47 @@ async fn the_transcript_of_a_deleted_task_is_collected() {
         }
     }
     assert_eq!(blobs(&life).await, 0);
+}
+
+#[tokio::test]
+async fn a_server_that_lost_the_lock_archives_nothing() {
+    let life = Life::new().await;
+    let parts = &life.bench.parts;
+    let instance = || Heartbeat {
+        db: parts.db.clone(),
+        clock: parts.clock.clone(),
+        standing: Standing::among(
+            InstanceId::new(parts.clock.now(), &parts.entropy),
+            Duration::from_secs(15),
+            parts.clock.clone(),
+        ),
+        address: "127.0.0.1:7070".into(),
+        leaving: CancellationToken::new(),
+    };
+    let (one, other) = (instance(), instance());
+    one.run_once().await.unwrap();
+    let old = one.standing.duty(Lock::Archive).mandate().unwrap();
+    one.leaving.cancel();
+    one.run_once().await.unwrap();
+    other.run_once().await.unwrap();
+    let new = other.standing.duty(Lock::Archive).mandate().unwrap();
+
+    let (task, log) = life.running().await;
+    append(&log, &task, 1, 5);
+    life.end(&task).await;
+    let seen = all(life.stored().follow(task.id, 0, Options::default())).await;
+    let refused = life.archiver.run_once(&old).await;
+    assert_eq!(refused.unwrap_err().reason(), Reason::Conflict);
+    assert_eq!(life.archiver.run_once(&new).await.unwrap(), 1);
+    let refused = life.archiver.run_once(&old).await;
+    assert_eq!(refused.unwrap(), 0, "there is nothing left");
+    let whole = all(life.stored().follow(task.id, 0, Options::default())).await;
+    assert_eq!(whole, seen);
+    let mut n_blobs = 0;
+    for shard in 0..=255 {
+        n_blobs += parts.blobs.list(shard).await.unwrap().len();
+    }
+    assert_eq!(n_blobs, 2, "what was put in vain is like nothing else");
 }
 
 #[tokio::test]

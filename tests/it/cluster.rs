@@ -10,11 +10,12 @@ use tonic::Code;
 use crate::harness::{
     SOON,
     api::Api,
+    bucket::Bucket,
     checks::{self, check_stream},
-    cluster::{Balancer, Cluster, TTL},
+    cluster::{Balancer, Cluster, SETTINGS, TTL},
     eventually, pass,
     runner::{self, Runner},
-    server::http_status,
+    server::{Server, http_status},
     spec, within,
 };
 
@@ -415,4 +416,51 @@ async fn heavy_a_rolling_restart_fails_no_task() {
         check_stream(task, 0, &api.read_all(task).await);
     }
     drop(agents);
+}
+
+/// What runners made goes to the bucket that the servers share, by one of them, and by the other
+/// after that one died; both read it there.
+#[tokio::test]
+#[ignore = "needs the server that BATON_TEST_POSTGRES names"]
+async fn transcripts_move_to_the_bucket_that_servers_share() {
+    let (mut cluster, bucket) = (Cluster::start(0).await, Bucket::start().await);
+    for _ in 0..2 {
+        let mut server = Server::stopped(SETTINGS);
+        server.set_env("BATON_DATABASE_URL", &cluster.url);
+        for (name, value) in bucket.env() {
+            server.set_env(&name, &value);
+        }
+        server.restart().await;
+        cluster.servers.push(server);
+    }
+    let mut tasks = Vec::new();
+    for killed in [None, Some(0)] {
+        if let Some(killed) = killed {
+            // It has had all locks since it was alone.
+            cluster.servers[killed].kill();
+        }
+        let api = cluster.api(1);
+        let mut runner = Runner::connect(&api, "r1", &[MODEL], 1).await;
+        tasks.push(api.submit_to(MODEL).await);
+        let lease = runner.assigned().await;
+        runner.output(&lease, 1, runner::tokens(0, 20), Some(runner::success())).await;
+        runner.ack("the end", &lease, |ack| ack.finished).await;
+        let live = api.read_all(&tasks[tasks.len() - 1]).await;
+        let wanted = format!("0|{}", tasks.len());
+        eventually("all transcripts are in the bucket", 6 * SOON, || async {
+            let rows = "SELECT (SELECT count(*) FROM segments), (SELECT count(*) FROM transcripts)";
+            (cluster.sql(rows) == wanted).then_some(())
+        })
+        .await;
+        let reading = if killed.is_none() { 0..2 } else { 1..2 };
+        for server in reading {
+            let api = cluster.api(server);
+            assert_eq!(api.read_all(&tasks[tasks.len() - 1]).await, live);
+            for task in &tasks {
+                let events = api.read_all(task).await;
+                check_stream(task, 0, &events);
+                assert_eq!(checks::text(&events), words(20));
+            }
+        }
+    }
 }
