@@ -51,6 +51,27 @@ fn every_configuration_key_is_documented_with_its_default_and_variable() {
 }
 
 #[test]
+fn every_variable_of_the_deployment_is_one_that_the_program_reads() {
+    let loaded = config::load(&config::Sources::default()).expect("the defaults are valid");
+    let commands = reference::markdown();
+    let is_read = |name: &str| {
+        loaded.entries.iter().any(|entry| entry.env == name)
+            || commands.contains(&format!("`{name}`"))
+    };
+    let deploy = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("deploy");
+    let mut n_found = 0;
+    for file in ["compose.yaml", "Dockerfile"] {
+        let text = fs::read_to_string(deploy.join(file)).expect("a file of the deployment");
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for name in words.filter(|word| word.starts_with("BATON_")) {
+            assert!(is_read(name), "deploy/{file} sets {name}, which nothing reads");
+            n_found += 1;
+        }
+    }
+    assert!(n_found > 5, "{n_found} variables found");
+}
+
+#[test]
 fn commands_in_the_documents_exist() {
     use clap::Parser as _;
     let mut wrong = Vec::new();
