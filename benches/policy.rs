@@ -84,6 +84,7 @@ impl Fleet {
             deadline: None,
             session: None,
             attempt: 0,
+            waited_out: false,
         });
     }
 
@@ -147,6 +148,7 @@ fn decisions(criterion: &mut Criterion) {
         deadline: None,
         session: None,
         attempt: 0,
+        waited_out: false,
     };
     group.bench_function("estimate", |bencher| bencher.iter(|| fleet.queue.estimate(&late)));
     group.finish();

@@ -70,6 +70,7 @@ fn decisions(criterion: &mut Criterion) {
         engine: "scripted".into(),
         engine_version: "1".into(),
         instance: None,
+        waited: None,
     };
     let waiting = queued();
     group.bench_function("start", |b| {

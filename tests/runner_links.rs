@@ -182,6 +182,7 @@ impl Server {
                 node: String::new(),
                 engine: String::new(),
                 engine_version: String::new(),
+                waited: None,
             };
             let task = self.ledger.start(vec![start]).await.pop().unwrap().unwrap();
             self.registry.assign(SupplyKey(1), task);

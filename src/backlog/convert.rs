@@ -120,6 +120,7 @@ pub(super) fn entry(delivery: &Delivery, spec: &LaneSpec) -> Option<Entry> {
         deadline: facts.deadline.map(Micros),
         session: facts.session,
         attempt: delivery.attempt,
+        waited_out: false,
     })
 }
 

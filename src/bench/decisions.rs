@@ -65,6 +65,7 @@ pub fn run(spec: Spec) -> Outcome {
             deadline: None,
             session: None,
             attempt: 0,
+            waited_out: false,
         })
         .collect();
     let start = now_ns();

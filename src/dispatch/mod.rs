@@ -154,8 +154,10 @@ pub fn starter(registry: &Registry, draining: CancellationToken) -> Starter {
 /// The start that a match stands for, if its runner is still there.
 fn start_of(registry: &Registry, matched: &Match) -> Option<Start> {
     let supply = registry.supply(matched.runner)?;
+    let entry = &matched.entry;
     Some(Start {
-        task: matched.entry.id,
+        task: entry.id,
+        waited: entry.not_before.filter(|_| entry.waited_out),
         runner: supply.runner,
         node: supply.node,
         engine: supply.engine,

@@ -52,6 +52,7 @@ fn ghost(id: TaskId) -> Entry {
         deadline: None,
         session: None,
         attempt: 0,
+        waited_out: false,
     }
 }
 

@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{
+    delays::{Delays, Due, Moment},
     estimate::{Rate, Service},
     far::Far,
     lane::Lane,
@@ -20,10 +21,7 @@ use super::{
     slab::Slab,
     supply::Supplies,
 };
-use crate::{
-    clock::Micros,
-    id::{Namespace, TaskId},
-};
+use crate::id::{Namespace, TaskId};
 
 /// Empty lanes and buckets that are kept before a clean-up looks for them.
 const TIDY_AT: usize = 4_096;
@@ -34,7 +32,7 @@ pub(super) struct Core {
     pub limits: Limits,
     pub step: i64,
     pub entries: HashMap<TaskId, Waiter>,
-    pub delayed: BTreeSet<(Micros, TaskId)>,
+    delays: Delays,
     pub namespaces: Slab<Tenant>,
     namespace_ids: HashMap<Namespace, u32>,
     pub buckets: Slab<Bucket>,
@@ -61,6 +59,8 @@ pub(super) struct Waiter {
     pub bucket: u32,
     /// Its lane; `None` while delayed.
     pub lane: Option<u32>,
+    /// When it may start, while delayed.
+    due: Option<Due>,
 }
 
 /// A namespace.
@@ -119,7 +119,7 @@ impl Core {
             step: i64::try_from(limits.ageing_step.as_micros()).unwrap_or(i64::MAX),
             limits,
             entries: HashMap::new(),
-            delayed: BTreeSet::new(),
+            delays: Delays::default(),
             namespaces: Slab::default(),
             namespace_ids: HashMap::new(),
             buckets: Slab::default(),
@@ -150,33 +150,29 @@ impl Core {
         self.supplies.profiles.iter().map(|(_, profile)| profile.free).sum()
     }
 
-    pub(super) fn next_delayed(&self) -> Option<Micros> {
-        self.delayed.first().map(|(time, _)| *time)
-    }
-
-    pub(super) fn push(&mut self, entry: Entry, now: Micros) {
+    pub(super) fn push(&mut self, entry: Entry, now: Moment) {
         self.remove(entry.id);
         let namespace = self.namespace(&entry.namespace);
         let bucket = self.bucket(namespace, &entry.model);
         self.namespaces[namespace].waiting += 1;
         self.buckets[bucket].waiting += 1;
         let id = entry.id;
-        let delay = entry.not_before.filter(|time| *time > now);
-        self.entries.insert(id, Waiter { entry, bucket, lane: None });
-        if let Some(time) = delay {
+        let due = Due::of(&entry, now);
+        self.entries.insert(id, Waiter { entry, bucket, lane: None, due });
+        if let Some(due) = due {
             self.buckets[bucket].delayed += 1;
-            self.delayed.insert((time, id));
+            self.delays.insert(due, id);
         } else {
             self.enlist(id);
         }
     }
 
     pub(super) fn remove(&mut self, id: TaskId) -> Option<Entry> {
-        let Waiter { entry, bucket, lane } = self.entries.remove(&id)?;
+        let Waiter { entry, bucket, lane, due } = self.entries.remove(&id)?;
         if let Some(lane) = lane {
             self.lanes[lane].remove(entry.create_time, entry.priority, id);
-        } else {
-            self.delayed.remove(&(entry.not_before.unwrap_or_default(), id));
+        } else if let Some(due) = due {
+            self.delays.remove(due, id);
             self.buckets[bucket].delayed -= 1;
         }
         let bucket = &mut self.buckets[bucket];
@@ -206,7 +202,7 @@ impl Core {
     }
 
     /// Decides: up to `max` tasks with their runners.
-    pub(super) fn take_matches(&mut self, now: Micros, max: usize) -> Vec<Match> {
+    pub(super) fn take_matches(&mut self, now: Moment, max: usize) -> Vec<Match> {
         self.promote(now);
         let mut matches = Vec::new();
         while matches.len() < max {
@@ -216,7 +212,7 @@ impl Core {
                 continue;
             };
             let Some(entry) = self.remove(id) else { break };
-            if entry.not_before.is_some_and(|time| time > now) {
+            if Due::of(&entry, now).is_some() {
                 // The wall clock went back since it was found due.
                 self.push(entry, now);
                 continue;
@@ -274,13 +270,10 @@ impl Core {
     }
 
     /// Moves delayed tasks whose time has come into their lanes.
-    fn promote(&mut self, now: Micros) {
-        while let Some((time, id)) = self.delayed.first().copied() {
-            if time > now {
-                return;
-            }
-            self.delayed.pop_first();
-            if let Some(waiter) = self.entries.get(&id) {
+    fn promote(&mut self, now: Moment) {
+        while let Some(id) = self.delays.pop(now) {
+            if let Some(waiter) = self.entries.get_mut(&id) {
+                waiter.entry.waited_out = matches!(waiter.due.take(), Some(Due::Rested(_)));
                 self.buckets[waiter.bucket].delayed -= 1;
                 self.enlist(id);
             }

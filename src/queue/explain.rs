@@ -26,7 +26,7 @@ impl Core {
             let next = format!("resume it: baton queue resume {model}");
             return waiting(WaitReason::QueuePaused, summary, next, evidence);
         }
-        if let Some(time) = entry.not_before.filter(|time| *time > now) {
+        if let Some(time) = entry.not_before.filter(|time| !entry.waited_out && *time > now) {
             let rest = time.since(now);
             evidence.insert("not_before_us", time.0.to_string());
             evidence.insert("remaining_ms", rest.as_millis().to_string());

@@ -16,6 +16,7 @@ use std::{
 
 use super::{
     core::Core,
+    delays::{Due, Moment},
     model::{Entry, Fetch, LaneSpec, LaneState, Match},
     policy::{self, Rank},
     slab::Slab,
@@ -108,12 +109,12 @@ impl Core {
     pub(super) fn place_shared(
         &mut self,
         entries: impl IntoIterator<Item = Entry>,
-        now: Micros,
+        now: Moment,
         max: usize,
     ) -> Vec<Match> {
         let mut tried = Vec::new();
         for entry in entries {
-            if entry.not_before.is_some_and(|time| time > now) || self.is_behind(&entry) {
+            if Due::of(&entry, now).is_some() || self.is_behind(&entry) {
                 self.far.aside.insert(entry.id, entry);
             } else {
                 tried.push(entry.id);

@@ -10,6 +10,7 @@
 
 mod admission;
 mod core;
+mod delays;
 mod estimate;
 mod explain;
 mod far;
@@ -38,7 +39,7 @@ pub use self::{
     },
     outlet::{Admit, Asked, Inlet, Told},
 };
-use self::{core::Core, outlet::Outlet};
+use self::{core::Core, delays::Moment, outlet::Outlet};
 use crate::{
     clock::{Clock, Micros},
     error::{Reason, Result},
@@ -219,13 +220,13 @@ impl Queue {
     ///
     /// [`admit`]: Queue::admit
     pub fn push(&self, entry: Entry) {
-        self.0.core.lock().push(entry, self.0.clock.now());
+        self.0.core.lock().push(entry, Moment::of(&self.0.clock));
         self.0.changed.notify_one();
     }
 
     /// Adds many tasks under one lock.
     pub fn push_all(&self, entries: impl IntoIterator<Item = Entry>) {
-        let now = self.0.clock.now();
+        let now = Moment::of(&self.0.clock);
         let mut core = self.0.core.lock();
         for entry in entries {
             core.push(entry, now);
@@ -240,7 +241,7 @@ impl Queue {
     /// In a shared queue tasks behind others in the backlog are not matched; what is not matched
     /// is put aside until [`accepted`](Queue::accepted).
     pub fn place(&self, entries: impl IntoIterator<Item = Entry>, max: usize) -> Vec<Match> {
-        let now = self.0.clock.now();
+        let now = Moment::of(&self.0.clock);
         let mut core = self.0.core.lock();
         let matches = if self.is_shared() {
             core.place_shared(entries, now, max)
@@ -456,14 +457,10 @@ impl Queue {
         self.0.changed.notified().await;
     }
 
-    /// When the next delayed task may start.
-    pub fn next_delayed(&self) -> Option<Micros> {
-        self.0.core.lock().next_delayed()
-    }
-
     /// Decides: up to `max` tasks with their runners, best first. Takes the tasks out and the
     /// credits with them.
     pub fn take_matches(&self, now: Micros, max: usize) -> Vec<Match> {
+        let now = Moment { wall: now, mono: self.0.clock.mono() };
         let matches = self.0.core.lock().take_matches(now, max);
         if matches.len() == max {
             self.0.changed.notify_one();

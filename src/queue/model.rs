@@ -35,6 +35,8 @@ pub struct Entry {
     pub session: Option<String>,
     /// Attempts made so far; above 0 a `not_before` is a backoff.
     pub attempt: u32,
+    /// Whether the queue has seen that backoff pass, by the monotonic clock.
+    pub waited_out: bool,
 }
 
 /// Names one connection's worth of supply; never used again after [`runner_down`].

@@ -138,3 +138,30 @@ async fn the_clock_of_one_server_of_several_expires_no_task() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_clock_set_back_does_not_prolong_the_backoff_of_a_retry() {
+    let (server, wall) = with_wall().await;
+    let _runner = agent(&server);
+    let api = server.api();
+    let number = |n| prost_types::Value { kind: Some(prost_types::value::Kind::NumberValue(n)) };
+    let fail = prost_types::Struct { fields: [("times".to_owned(), number(1.0))].into() };
+    let fail = prost_types::Value { kind: Some(prost_types::value::Kind::StructValue(fail)) };
+    let params = prost_types::Struct { fields: [("fail".to_owned(), fail)].into() };
+    let retry = pb::RetryPolicy {
+        max_attempts: 2,
+        initial_backoff: Some(seconds(3.0)),
+        max_backoff: Some(seconds(3.0)),
+        ..default()
+    };
+    let task = pb::TaskSpec { params: Some(params), retry: Some(retry), ..spec(MODEL) };
+    let task = api.submit(task).await.task_id;
+    eventually("a first attempt that failed", SOON, || async {
+        let task = api.get(&task).await;
+        (task.state() == TaskState::Queued && task.attempt == 1).then_some(())
+    })
+    .await;
+    wall.set_ahead(-HOUR);
+    let end = api.wait_for(&task, &[TaskState::Succeeded, TaskState::Failed], SOON).await;
+    assert_eq!((end.state(), end.attempt), (TaskState::Succeeded, 2), "{:?}", end.error);
+}

@@ -33,6 +33,7 @@ fn entry(n: u64) -> Entry {
         deadline: None,
         session: None,
         attempt: 0,
+        waited_out: false,
     }
 }
 
@@ -148,15 +149,44 @@ fn a_task_is_not_started_early_after_the_clock_went_back() {
     let (queue, clock) = queue(Limits::default());
     let due = clock.now() + Duration::from_secs(10);
     queue.push(Entry { not_before: Some(due), ..entry(1) });
-    assert_eq!(queue.next_delayed(), Some(due));
     clock.advance(Duration::from_secs(11));
     assert_eq!(take(&queue, &clock), [0_u64; 0], "no runner yet");
     clock.set_wall(EPOCH);
     ready(&queue, runner(1, &["*"], 1), 1);
     assert_eq!(take(&queue, &clock), [0_u64; 0]);
-    assert_eq!(queue.next_delayed(), Some(due));
     clock.set_wall(due);
     assert_eq!(take(&queue, &clock), [1]);
+}
+
+#[test]
+fn a_backoff_lasts_as_long_as_it_was_to_last_wherever_the_wall_clock_is_set() {
+    let (queue, clock) = queue(Limits::default());
+    ready(&queue, runner(1, &["*"], 4), 4);
+    let retry = |n, clock: &Clock| {
+        let due = clock.now() + Duration::from_secs(10);
+        Entry { not_before: Some(due), attempt: 1, ..entry(n) }
+    };
+    clock.set_wall(EPOCH + Duration::from_hours(2));
+    queue.push(retry(1, &clock));
+    clock.set_wall(EPOCH);
+    clock.advance(Duration::from_secs(5));
+    // Set back once, the clock is no measure for those that come later either.
+    queue.push(retry(2, &clock));
+    assert_eq!(take(&queue, &clock), [0_u64; 0]);
+    clock.set_wall(EPOCH + Duration::from_hours(1));
+    assert_eq!(take(&queue, &clock), [0_u64; 0], "ahead of both by the wall clock");
+    clock.advance(Duration::from_secs(5));
+    let matches = queue.take_matches(clock.now(), 9);
+    assert_eq!(matches.len(), 1);
+    let Entry { id: first, waited_out, .. } = matches[0].entry;
+    assert_eq!((first, waited_out), (id(1), true));
+    // What came to nothing does not wait again.
+    clock.set_wall(EPOCH);
+    queue.push(matches[0].entry.clone());
+    queue.give_back(matches[0].runner);
+    assert_eq!(take(&queue, &clock), [1]);
+    clock.advance(Duration::from_secs(5));
+    assert_eq!(take(&queue, &clock), [2]);
 }
 
 #[test]

@@ -163,6 +163,7 @@ impl World {
             node: "n".into(),
             engine: "echo".into(),
             engine_version: "1".into(),
+            waited: None,
         };
         self.ledger.start(vec![start]).await.pop().unwrap().unwrap()
     }

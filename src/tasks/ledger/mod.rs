@@ -142,13 +142,8 @@ pub struct Start {
     pub engine: String,
     /// Version of the engine.
     pub engine_version: String,
-}
-
-impl Start {
-    fn into_event(self, instance: Option<InstanceId>) -> (TaskId, state::Event) {
-        let Self { task, runner, node, engine, engine_version } = self;
-        (task, state::Event::Start { runner, node, engine, engine_version, instance })
-    }
+    /// The backoff that the queue has seen pass.
+    pub waited: Option<Micros>,
 }
 
 /// An attempt that a runner says it holds.

@@ -152,6 +152,7 @@ pub fn queue_entry(task: &Task) -> Entry {
         deadline: task.spec.deadline,
         session: task.spec.session.clone(),
         attempt: task.attempt,
+        waited_out: false,
     }
 }
 

@@ -11,8 +11,9 @@ use super::{Start, Writer, batch::Batch, queue_entry};
 use crate::{
     db::Tx,
     error::Result,
+    id::{InstanceId, TaskId},
     queue::{Match, SupplyKey},
-    tasks::model::Task,
+    tasks::{model::Task, state::Event},
 };
 
 /// Most tasks started in the commit of others.
@@ -28,6 +29,13 @@ pub struct Starter {
     pub start: Box<StartOf>,
     /// Takes a started attempt to its runner.
     pub assign: Box<dyn Fn(SupplyKey, Arc<Task>) + Send + Sync>,
+}
+
+impl Start {
+    pub(super) fn into_event(self, instance: Option<InstanceId>) -> (TaskId, Event) {
+        let Self { task, runner, node, engine, engine_version, waited } = self;
+        (task, Event::Start { runner, node, engine, engine_version, instance, waited })
+    }
 }
 
 impl Writer {

@@ -80,6 +80,7 @@ impl Bench {
             node: "n".into(),
             engine: "echo".into(),
             engine_version: "1".into(),
+            waited: None,
         };
         self.ledger.start(vec![start]).await.pop().unwrap()
     }
@@ -319,6 +320,7 @@ async fn ten_thousand_tasks_whose_ends_race_have_one_end_each() {
                 engine: String::new(),
                 engine_version: String::new(),
                 instance: bench.parts.standing.id(),
+                waited: None,
             };
             let other = if i % 2 == 0 { Event::Expire(Limit::Deadline) } else { again };
             racers.spawn(async move { (task.id, race(bench, task, i % 5, other).await) });

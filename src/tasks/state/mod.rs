@@ -47,6 +47,9 @@ pub enum Event {
         engine_version: String,
         /// Server that the runner is connected to; `None` where there is one server only.
         instance: Option<InstanceId>,
+        /// A `not_before` that the queue has seen pass by the monotonic clock: where the wall clock
+        /// was set back, it may lie ahead of it once more.
+        waited: Option<Micros>,
     },
     /// The runner came back with the attempt, to this server or another.
     Resume {
@@ -208,7 +211,7 @@ pub fn apply(
 ) -> Result<Change, Rejected> {
     let mut next = Next::new(task, now, head);
     match event {
-        Event::Start { runner, node, engine, engine_version, instance } => {
+        Event::Start { runner, node, engine, engine_version, instance, waited } => {
             if task.state != State::Queued {
                 return Err(if task.state == State::Running {
                     Rejected::NotQueued
@@ -216,7 +219,7 @@ pub fn apply(
                     Rejected::Ended
                 });
             }
-            if task.not_before.is_some_and(|at| now < at) {
+            if task.not_before.is_some_and(|at| now < at && *waited != Some(at)) {
                 return Err(Rejected::NotDue);
             }
             if due(task, Limit::Deadline, now) || due(task, Limit::StartTimeout, now) {

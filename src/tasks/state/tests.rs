@@ -62,6 +62,7 @@ fn start() -> Event {
         engine: "e".into(),
         engine_version: "1".into(),
         instance: None,
+        waited: None,
     }
 }
 
@@ -298,4 +299,25 @@ fn a_runner_that_comes_back_elsewhere_takes_its_attempt_along_and_nobody_else_do
     assert_eq!(orphan(&wanted, Some(one)), Err(Rejected::LeaseLost), "it has moved");
     let lost = orphan(&running, Some(one)).unwrap().task;
     assert_eq!((lost.state, lost.lost, lost.instance), (State::Queued, 1, None));
+}
+
+#[test]
+fn a_start_comes_before_its_time_only_after_that_very_wait() {
+    let mut task = task(RetryPolicy::default(), None, None);
+    let due = task.create_time + Duration::from_secs(10);
+    task.not_before = Some(due);
+    let head = Head { head: 1, in_doubt: None };
+    let mut early = start();
+    let set = |event: &mut Event, to| {
+        if let Event::Start { waited, .. } = event {
+            *waited = to;
+        }
+    };
+    for other in [None, Some(due + Duration::from_secs(1)), Some(task.create_time)] {
+        set(&mut early, other);
+        let refused = apply(&task, &early, task.create_time, head, 0.0);
+        assert_eq!(refused.unwrap_err(), Rejected::NotDue);
+    }
+    set(&mut early, Some(due));
+    assert!(apply(&task, &early, task.create_time, head, 0.0).is_ok());
 }

@@ -158,6 +158,7 @@ impl FromRow for Waiting {
                 deadline: row.get(8)?,
                 session: row.get(10)?,
                 attempt,
+                waited_out: false,
             },
         })
     }
