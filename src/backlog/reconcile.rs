@@ -1,7 +1,12 @@
 //! The rows against Redis: what waits by the rows and is not in Redis is added, so that Redis may
-//! lose anything at any time. Any server may do it at any time, several at once too.
+//! lose anything at any time.
+//!
+//! Servers take turns, and whoever knows of a loss compares at once. Any may do it at any time, several
+//! at once too: an id that is there with the same or a later attempt is not added again. So a turn is
+//! a word in Redis that lapses soon, and not a lock of the database, which a dead server would hold
+//! for longer than a lost task may take.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
 
 use super::{Backlog, untold};
 use crate::{
@@ -15,14 +20,20 @@ use crate::{
 /// Rows compared at once.
 const PAGE: u32 = 500;
 
-/// Time between walks. With the walks themselves it stays below the ten seconds that a lost task
-/// may take.
-const EVERY: Duration = Duration::from_secs(5);
+/// Between two looks whether it is this server's turn.
+const EVERY: Duration = Duration::from_millis(2_500);
+
+/// How long nobody else has a turn. With the pause and the walk it stays below the ten seconds that a
+/// lost task may take, also when the server dies that has it.
+const TURN: Duration = Duration::from_secs(2);
+
+/// What the turns are called.
+const NAME: &str = "reconcile";
 
 /// From this many tasks on, a walk is left out while the numbers agree.
 const MANY: u64 = 20_000;
 
-/// Walks left out in a row at most.
+/// Turns left out in a row at most.
 const LEFT_OUT: u32 = 12;
 
 /// Walks until Redis is searched for what does not wait any more.
@@ -48,7 +59,11 @@ impl Backlog {
                 clock.sleep(Duration::from_millis(250)).await;
                 continue;
             }
-            let behind = self.0.behind.swap(false, std::sync::atomic::Ordering::AcqRel);
+            let behind = self.0.behind.swap(false, Ordering::SeqCst);
+            let turn = self.0.redis.take_turn(NAME, TURN).await;
+            if !behind && !turn.unwrap_or(false) {
+                continue;
+            }
             if !behind && left_out < LEFT_OUT && self.numbers_agree().await.unwrap_or(false) {
                 left_out += 1;
                 continue;
@@ -62,7 +77,7 @@ impl Backlog {
                 Ok(n_tasks) => tracing::warn!(n_tasks, "tasks were missing in Redis"),
                 Err(error) => {
                     tracing::warn!(%error, "Redis was not compared with the database");
-                    self.0.behind.store(true, std::sync::atomic::Ordering::Release);
+                    self.0.behind.store(true, Ordering::SeqCst);
                     continue;
                 }
             }
@@ -90,10 +105,9 @@ impl Backlog {
     pub(super) async fn compare(&self) -> Result<usize> {
         let (mut after, mut n_tasks) = (None, 0);
         loop {
-            let read = self
-                .0
-                .db
-                .read(move |tx| Box::pin(async move { reads::queued_page(tx, after, PAGE).await }));
+            let read = self.0.db.read(move |tx| {
+                Box::pin(async move { reads::queued_page(tx, after, PAGE).await })
+            });
             let page = read.await?;
             let Some(last) = page.last() else { return Ok(n_tasks) };
             after = Some(last.id);

@@ -18,6 +18,7 @@
 //!    f:{inbox}     stream                                 frames on their way to one server
 //!    c:{channel}   channel                                doorbells
 //!    notes:{board} hash, zset by lapse time               what servers say of themselves
+//!    turn:{what}   text that lapses                       somebody does it already
 //!  era             id that lasts as long as these data
 //! ```
 //!

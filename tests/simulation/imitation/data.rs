@@ -187,6 +187,12 @@ impl Data {
                     return Ok(Reply::Nil);
                 }
                 self.keys.insert(key.clone(), Held::Text(value.clone()));
+                self.expiries.remove(key);
+                if let [.., option, after] = options
+                    && option.eq_ignore_ascii_case(b"PX")
+                {
+                    self.expiries.insert(key.clone(), now + number::<u64>(after)?);
+                }
                 Reply::Status("OK")
             }
             ("PEXPIRE", [after]) => {
