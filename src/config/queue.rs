@@ -47,7 +47,7 @@ impl Default for Queue {
             max_attempts: 3,
             initial_backoff: Duration::from_secs(1),
             max_backoff: Duration::from_mins(1),
-            ack_timeout: Duration::from_secs(10),
+            ack_timeout: Duration::from_secs(5),
             dead_letter_ttl: Duration::from_hours(7 * 24),
         }
     }
