@@ -1,15 +1,23 @@
-//! Room in the queues, over all servers: counted in Redis where it changes.
+//! Room in the queues, over all servers: counted in Redis where it changes. While Redis cannot be
+//! asked, or lacks what it held, the rows are counted ([`Counter`]).
 //!
 //! Room is asked for before the commit, unless there is plenty: while a queue is far from its
 //! limits, each server may accept a small share of the room that was left at its last look, so that
 //! a submit does not wait for Redis. The shares of [`SERVERS`] servers over [`LOOKS`] looks fit into
 //! that room, so that limits hold however they interleave.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 
-use super::convert;
+use super::{convert, count::Counter};
 use crate::{
     clock::{Clock, Mono},
     error::Result,
@@ -21,8 +29,7 @@ use crate::{
 /// How long room is kept for a task whose commit is on its way.
 const KEEP: Duration = Duration::from_mins(1);
 
-/// How long a submit waits for Redis to say whether there is room. After that it is accepted: what
-/// is in the database counts, and a limit is missed rather than a task.
+/// How long a submit waits for Redis to say whether there is room.
 const WAIT: Duration = Duration::from_millis(500);
 
 /// Servers whose shares fit into the room that is left.
@@ -89,33 +96,52 @@ fn share(limit: u64, depth: u64) -> u64 {
     if room < PLENTY { 0 } else { room / (SERVERS * LOOKS) }
 }
 
-/// Grants room: out of this server's shares, or by Redis.
-pub(super) fn by(
-    redis: &Redis,
-    limits: Limits,
-    clock: Clock,
-    shares: Arc<Mutex<Shares>>,
-) -> Arc<Admit> {
-    let (redis, work, limits) = (redis.clone(), redis.work(), Arc::new(limits));
+/// What room is granted by.
+pub(super) struct Sources {
+    pub redis: Redis,
+    pub limits: Limits,
+    pub clock: Clock,
+    pub shares: Arc<Mutex<Shares>>,
+    pub counter: Arc<Counter>,
+    /// Whether Redis lacks something that it was to be told, or held: its numbers are too low.
+    pub lacking: Arc<AtomicBool>,
+}
+
+/// Grants room: out of this server's shares, by Redis, or by the database.
+pub(super) fn by(sources: Sources) -> Arc<Admit> {
+    let Sources { redis, limits, clock, shares, counter, lacking } = sources;
+    let (work, health, limits) = (redis.work(), redis.health(), Arc::new(limits));
     Arc::new(move |asked| {
+        let counter = counter.clone();
+        if lacking.load(Ordering::Acquire) || !health.borrow().is_up() {
+            return Box::pin(async move { counter.admit(&asked).await });
+        }
         if shares.lock().take(&asked, &limits, clock.mono()) {
             return Box::pin(std::future::ready(Ok(None)));
         }
-        let (redis, work, limits) = (redis.clone(), work.clone(), limits.clone());
+        let (work, limits) = (work.clone(), limits.clone());
         Box::pin(async move {
-            if !redis.health().borrow().is_up() {
-                return Ok(None);
-            }
             let asking = reserve(&work, &limits, &asked);
-            tokio::time::timeout(WAIT, asking).await.unwrap_or_else(|_| {
-                tracing::warn!("Redis did not say whether there is room; accepting");
-                Ok(None)
-            })
+            match tokio::time::timeout(WAIT, asking).await {
+                Ok(Ok(Some(granted))) => Ok(granted.evicted),
+                Ok(Err(full)) => Err(full),
+                Ok(Ok(None)) | Err(_) => {
+                    tracing::warn!("Redis did not say whether there is room; rows are counted");
+                    counter.admit(&asked).await
+                }
+            }
         })
     })
 }
 
-async fn reserve(work: &Work, limits: &Limits, asked: &Asked) -> Result<Option<TaskId>> {
+/// Room that Redis keeps.
+struct Granted {
+    /// What is to leave for it.
+    evicted: Option<TaskId>,
+}
+
+/// Asks Redis; `None` when it does not say.
+async fn reserve(work: &Work, limits: &Limits, asked: &Asked) -> Result<Option<Granted>> {
     let Asked { task, namespace, model, priority } = asked;
     let lane = convert::plain_lane(namespace, model, *priority)?;
     let promise = Promise {
@@ -131,14 +157,16 @@ async fn reserve(work: &Work, limits: &Limits, asked: &Asked) -> Result<Option<T
     let room = match work.reserve(&[promise], KEEP).await {
         Ok(rooms) => rooms.into_iter().next(),
         Err(error) => {
-            tracing::warn!(%error, "Redis did not say whether there is room; accepting");
+            tracing::debug!(%error, "no room was promised");
             None
         }
     };
     match room {
         None => Ok(None),
         // What cannot be read names no task that could be ended; it is out of the queue.
-        Some(Room::Promised { evicted }) => Ok(evicted.and_then(|id| id.parse().ok())),
+        Some(Room::Promised { evicted }) => {
+            Ok(Some(Granted { evicted: evicted.and_then(|id| id.parse().ok()) }))
+        }
         Some(Room::AccountFull(depth)) => {
             Err(Full::Model(model).error(limits.max_per_model, depth))
         }

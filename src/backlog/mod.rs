@@ -21,7 +21,7 @@
 //!   [`HOLD`]. What a server that died had fetched, others take over after `queue.ack_timeout`.
 //! - While Redis does not answer, tasks are accepted as ever, and each server starts what it finds
 //!   in the database: in order of acceptance, by its own queue's policy within a window, and with
-//!   lost races when several look at the same rows.
+//!   lost races when several look at the same rows. What waits is counted there too ([`count`]).
 //!
 //! [`writer`]: Backlog::write
 //! [`feed`]: Backlog::feed
@@ -30,6 +30,7 @@
 
 mod admission;
 mod convert;
+mod count;
 mod feed;
 mod reconcile;
 #[cfg(test)]
@@ -49,7 +50,10 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use self::admission::Shares;
+use self::{
+    admission::{Shares, Sources},
+    count::Counter,
+};
 use crate::{
     clock::{Clock, Mono},
     db::Db,
@@ -98,6 +102,10 @@ struct Inner {
     lanes: Mutex<HashMap<Arc<str>, (Lane, LaneSpec)>>,
     /// What may be accepted without asking Redis for room.
     shares: Arc<Mutex<Shares>>,
+    /// What may be accepted while Redis cannot say.
+    counter: Arc<Counter>,
+    /// Whether Redis lacks something until a comparison has ended.
+    lacking: Arc<AtomicBool>,
     /// Whether Redis may lack something that it was to be told.
     behind: AtomicBool,
     /// Rung when it does.
@@ -119,8 +127,18 @@ impl Backlog {
         settings: Settings,
     ) -> (Queue, Self) {
         let work = redis.work();
+        let limits = &settings.limits;
         let shares = Arc::new(Mutex::new(Shares::default()));
-        let admit = admission::by(redis, settings.limits.clone(), clock.clone(), shares.clone());
+        let counter = Arc::new(Counter::new(db.clone(), clock.clone(), limits.clone()));
+        let lacking = Arc::new(AtomicBool::new(false));
+        let admit = admission::by(Sources {
+            redis: redis.clone(),
+            limits: limits.clone(),
+            clock: clock.clone(),
+            shares: shares.clone(),
+            counter: counter.clone(),
+            lacking: lacking.clone(),
+        });
         let (queue, inlet) = Queue::shared(settings.limits.clone(), clock.clone(), admit);
         let backlog = Self(Arc::new(Inner {
             redis: redis.clone(),
@@ -136,6 +154,8 @@ impl Backlog {
             owed: Mutex::default(),
             lanes: Mutex::default(),
             shares,
+            counter,
+            lacking,
             behind: AtomicBool::new(false),
             compare: Notify::new(),
         }));
@@ -159,7 +179,8 @@ impl Backlog {
 
     /// Notes that Redis may lack something.
     fn fell_behind(&self) {
-        self.0.behind.store(true, Ordering::Release);
+        self.0.behind.store(true, Ordering::SeqCst);
+        self.0.lacking.store(true, Ordering::SeqCst);
         self.0.compare.notify_one();
     }
 }

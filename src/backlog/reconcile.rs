@@ -14,7 +14,7 @@ use crate::{
     faults::{self, Fault},
     id::TaskId,
     queue::Entry,
-    tasks::reads,
+    tasks::queued,
 };
 
 /// Rows compared at once.
@@ -81,6 +81,10 @@ impl Backlog {
                     continue;
                 }
             }
+            self.0.lacking.store(false, Ordering::SeqCst);
+            if self.0.behind.load(Ordering::SeqCst) {
+                self.0.lacking.store(true, Ordering::SeqCst);
+            }
             walks = walks.wrapping_add(1);
             if walks.is_multiple_of(SEARCH_EVERY)
                 && let Err(error) = self.drop_ghosts(&mut suspects).await
@@ -97,7 +101,7 @@ impl Backlog {
         if known < MANY {
             return Ok(false);
         }
-        let count = self.0.db.read(|tx| Box::pin(async move { reads::queued_count(tx).await }));
+        let count = self.0.db.read(|tx| Box::pin(async move { queued::queued_count(tx).await }));
         Ok(count.await? <= known)
     }
 
@@ -106,7 +110,7 @@ impl Backlog {
         let (mut after, mut n_tasks) = (None, 0);
         loop {
             let read = self.0.db.read(move |tx| {
-                Box::pin(async move { reads::queued_page(tx, after, PAGE).await })
+                Box::pin(async move { queued::queued_page(tx, after, PAGE).await })
             });
             let page = read.await?;
             let Some(last) = page.last() else { return Ok(n_tasks) };
@@ -140,7 +144,7 @@ impl Backlog {
             let read = self
                 .0
                 .db
-                .read(move |tx| Box::pin(async move { reads::queued_among(tx, &asked).await }));
+                .read(move |tx| Box::pin(async move { queued::queued_among(tx, &asked).await }));
             let queued: BTreeSet<TaskId> = read.await?.into_iter().collect();
             found.extend(ids.into_iter().filter(|id| !queued.contains(id)));
             if next == "0" {

@@ -57,11 +57,14 @@ impl Backlog {
         inner.redis.put_note(BOARD, name, note.into(), TELL_TTL).await.map_err(untold)?;
         let mut notes = inner.redis.notes(BOARD).await.map_err(untold)?;
         notes.remove(name);
+        let n_others = notes.len() as u64;
         // What another version says in another way is left out.
         let told = notes
             .into_iter()
             .filter_map(|(name, note)| Some((name, serde_json::from_slice::<Report>(&note).ok()?)));
-        inner.queue.set_elsewhere(&told.collect());
+        let told = told.collect();
+        inner.counter.set_servers(1 + n_others);
+        inner.queue.set_elsewhere(&told);
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Reason, Result},
     id::TaskId,
     queue::{Entry, Queue},
-    tasks::reads,
+    tasks::queued,
 };
 
 /// Rows read at once.
@@ -64,7 +64,7 @@ impl Sweep {
         let known = self.queue.len();
         if known >= MANY && self.left_out < LEFT_OUT {
             let waiting =
-                self.db.read(|tx| Box::pin(async move { reads::queued_count(tx).await })).await?;
+                self.db.read(|tx| Box::pin(async move { queued::queued_count(tx).await })).await?;
             if waiting <= known as u64 {
                 self.left_out += 1;
                 return Ok(0);
@@ -89,7 +89,7 @@ impl Sweep {
         loop {
             let page = self
                 .db
-                .read(move |tx| Box::pin(async move { reads::queued_page(tx, after, PAGE).await }))
+                .read(move |tx| Box::pin(async move { queued::queued_page(tx, after, PAGE).await }))
                 .await?;
             let Some(end) = page.last().map(|entry| entry.id) else { return Ok(unknown) };
             after = Some(end);

@@ -21,4 +21,4 @@ mod tests;
 pub mod timers;
 pub mod watch;
 
-pub use self::store::{reads, transcripts};
+pub use self::store::{queued, reads, transcripts};

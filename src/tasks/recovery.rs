@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{
     ledger::Parts,
     model::{State, Task},
-    reads, store,
+    queued, reads, store,
 };
 use crate::{
     error::Result,
@@ -27,13 +27,13 @@ pub async fn waiting(parts: &Parts) -> Result<usize> {
     loop {
         let page = parts
             .db
-            .read(move |tx| Box::pin(async move { reads::waiting_page(tx, after, PAGE).await }))
+            .read(move |tx| Box::pin(async move { queued::waiting_page(tx, after, PAGE).await }))
             .await?;
         let Some(last) = page.last() else { return Ok(n_tasks) };
         after = Some(last.entry.id);
         n_tasks += page.len();
         if !faults::planted(Fault::ForgetLimitsAtStart) {
-            for (at, task, limit) in page.iter().flat_map(reads::Waiting::limits) {
+            for (at, task, limit) in page.iter().flat_map(queued::Waiting::limits) {
                 parts.timers.add(at, task, limit);
             }
         }

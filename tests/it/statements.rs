@@ -21,6 +21,7 @@ fn all() -> Vec<Statement> {
         keys::STATEMENTS,
         queues::STATEMENTS,
         runners::roster::store::STATEMENTS,
+        tasks::queued::STATEMENTS,
         tasks::reads::STATEMENTS,
         tasks::store::STATEMENTS,
         tasks::transcripts::STATEMENTS,

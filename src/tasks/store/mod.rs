@@ -1,5 +1,6 @@
 //! SQL of the `tasks` and `request_ids` tables: rows in, rows out, many at a time.
 
+pub mod queued;
 pub mod reads;
 pub mod transcripts;
 

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
     time::Duration,
 };
 
@@ -14,7 +13,6 @@ use crate::{
     db::{FromRow, Json, Row, Sql, Statement, Tx},
     error::{Error, Result},
     id::{InstanceId, Namespace, TaskId},
-    queue,
     tasks::{
         model::{State, Task},
         state::Limit,
@@ -113,102 +111,6 @@ pub async fn list(
         .all()
         .await?;
     Ok(rows.into_iter().map(|row| row.0).collect())
-}
-
-/// A waiting task without its payload.
-#[derive(Clone, Debug)]
-pub struct Waiting {
-    /// How the queue sees it.
-    pub entry: queue::Entry,
-    /// Must have started by then.
-    pub start_by: Option<Micros>,
-}
-
-impl Waiting {
-    /// Its time limits.
-    pub fn limits(&self) -> impl Iterator<Item = (Micros, TaskId, Limit)> {
-        let id = self.entry.id;
-        let deadline = self.entry.deadline.map(|at| (at, id, Limit::Deadline));
-        let start_by = self.start_by.map(|at| (at, id, Limit::StartTimeout));
-        deadline.into_iter().chain(start_by)
-    }
-}
-
-const WAITING: Sql = Sql::new(
-    "SELECT id, namespace, model, version, required_labels, priority, create_time, not_before,
-            deadline, start_timeout, session_id, attempt
-     FROM tasks WHERE state = 'QUEUED' AND id > $1 ORDER BY id LIMIT $2",
-);
-
-impl FromRow for Waiting {
-    fn from_row(row: &Row) -> Result<Self> {
-        let (create_time, attempt): (Micros, u32) = (row.get(6)?, row.get(11)?);
-        let start_by = row.get::<Option<i64>>(9)?.filter(|_| attempt == 0);
-        Ok(Self {
-            start_by: start_by.map(|after| Micros(create_time.0.saturating_add(after))),
-            entry: queue::Entry {
-                id: row.get(0)?,
-                namespace: row.get(1)?,
-                model: row.get(2)?,
-                version: row.get(3)?,
-                required_labels: Arc::new(row.json(4)?),
-                priority: row.get(5)?,
-                create_time,
-                not_before: row.get(7)?,
-                deadline: row.get(8)?,
-                session: row.get(10)?,
-                attempt,
-                waited_out: false,
-            },
-        })
-    }
-}
-
-/// QUEUED tasks of all namespaces in the order of their ids, after one.
-pub async fn waiting_page(tx: &mut Tx, after: Option<TaskId>, limit: u32) -> Result<Vec<Waiting>> {
-    let after = after.unwrap_or(TaskId::MIN);
-    let mut page: Vec<Waiting> = tx.query(WAITING).bind(after).bind(limit).all().await?;
-    // Most tasks share their few label sets.
-    let none = Arc::new(BTreeMap::new());
-    for waiting in &mut page {
-        if waiting.entry.required_labels.is_empty() {
-            waiting.entry.required_labels = none.clone();
-        }
-    }
-    Ok(page)
-}
-
-/// QUEUED tasks of all namespaces in the order of their ids, after one: what the queue should
-/// know.
-pub async fn queued_page(
-    tx: &mut Tx,
-    after: Option<TaskId>,
-    limit: u32,
-) -> Result<Vec<queue::Entry>> {
-    let page = waiting_page(tx, after, limit).await?;
-    Ok(page.into_iter().map(|waiting| waiting.entry).collect())
-}
-
-const QUEUED_AMONG: Sql = Sql::each(
-    "SELECT id FROM tasks WHERE state = 'QUEUED' AND id IN (SELECT value FROM json_each($1))",
-    "SELECT id FROM tasks WHERE state = 'QUEUED' AND id = ANY ($1)",
-);
-
-/// Which of these tasks are QUEUED.
-pub async fn queued_among(tx: &mut Tx, ids: &[TaskId]) -> Result<Vec<TaskId>> {
-    if ids.is_empty() {
-        return Ok(Vec::new());
-    }
-    let rows: Vec<(TaskId,)> = tx.query(QUEUED_AMONG).bind(ids).all().await?;
-    Ok(rows.into_iter().map(|(id,)| id).collect())
-}
-
-const COUNT_QUEUED: Sql = Sql::new("SELECT COUNT(*) FROM tasks WHERE state = 'QUEUED'");
-
-/// How many tasks are QUEUED, in all namespaces.
-pub async fn queued_count(tx: &mut Tx) -> Result<u64> {
-    let (count,): (i64,) = tx.query(COUNT_QUEUED).one().await?;
-    Ok(count.unsigned_abs())
 }
 
 const RUNNING: Sql = Sql::new(concat!(
@@ -430,9 +332,6 @@ pub async fn segments_after(
 pub const STATEMENTS: &[Statement] = &[
     Statement::Query(FIND),
     Statement::Query(LIST),
-    Statement::Query(WAITING),
-    Statement::Query(QUEUED_AMONG),
-    Statement::Query(COUNT_QUEUED),
     Statement::Query(RUNNING),
     Statement::Query(HELD_BY),
     Statement::Query(WHEREABOUTS),
