@@ -12,7 +12,7 @@ use crate::{
     id::TaskId,
     queue::{Entry, Fetch, LaneSpec, LaneState},
     redis::{Bell, Bells, Delivery, Lane, LaneStats, Listener},
-    tasks::reads,
+    tasks::queued,
 };
 
 /// Most fetched at once.
@@ -26,6 +26,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Pause between looks at the database while Redis does not answer.
 const POLL_EVERY: Duration = Duration::from_millis(250);
+
+/// Tasks that could have started so long ago are looked at: until then they are left to the server
+/// that accepted them, which has them in its own queue, so that few try to start the same.
+const SETTLED: Duration = Duration::from_millis(500);
 
 /// Rows read at once in such a look, and how often until some can start here.
 const PAGE: u32 = 500;
@@ -221,11 +225,14 @@ impl Backlog {
             if queue.free() == 0 || queue.len() >= KEPT {
                 return Ok(());
             }
-            let after = *read_to;
-            let read = self
-                .0
-                .db
-                .read(move |tx| Box::pin(async move { reads::queued_page(tx, after, PAGE).await }));
+            let (after, since) = (*read_to, self.0.clock.now() - SETTLED);
+            let models = queue.startable_models();
+            let read = self.0.db.read(move |tx| {
+                Box::pin(async move {
+                    let models = models.as_deref();
+                    queued::startable_page(tx, after, since, models, PAGE).await
+                })
+            });
             let mut page = read.await?;
             // At the end it begins anew: what came meanwhile was accepted elsewhere.
             *read_to = page.last().map(|entry| entry.id);

@@ -10,7 +10,7 @@
 //! [`Ring`]: super::policy::Ring
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -272,6 +272,15 @@ impl Core {
             }
             self.supplies.profiles[profile].far.correct(namespace, lane, head);
         }
+    }
+
+    /// Models whose tasks could start here now, as far as runners name them; `None` for any.
+    pub(super) fn startable_models(&self) -> Option<Vec<String>> {
+        let mut models = BTreeSet::new();
+        for (_, profile) in self.supplies.profiles.iter().filter(|(_, profile)| profile.free > 0) {
+            models.extend(profile.models()?.map(str::to_owned));
+        }
+        Some(models.into_iter().collect())
     }
 
     /// Lanes whose tasks could start here now, and how many tasks could.

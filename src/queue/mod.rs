@@ -394,6 +394,11 @@ impl Queue {
         self.0.core.lock().matching(entry).next().is_some()
     }
 
+    /// Models whose tasks could start here now, as far as runners name them; `None` for any.
+    pub fn startable_models(&self) -> Option<Vec<String>> {
+        self.0.core.lock().startable_models()
+    }
+
     /// Attempts that the runners here would take.
     pub fn free(&self) -> u32 {
         self.0.core.lock().free()

@@ -71,6 +71,12 @@ impl Profile {
         self.spec.models.iter().any(|pattern| pattern.matches(model, version))
     }
 
+    /// The models that are named there; `None` for any.
+    pub(super) fn models(&self) -> Option<impl Iterator<Item = &str>> {
+        let any = self.spec.models.contains(&ModelPattern::Any);
+        (!any).then(|| self.spec.models.iter().filter_map(ModelPattern::model))
+    }
+
     /// Versions of a model that are named there.
     pub(super) fn versions<'a>(&'a self, model: &'a str) -> impl Iterator<Item = &'a str> {
         self.spec.models.iter().filter_map(move |pattern| match pattern {

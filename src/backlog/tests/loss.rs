@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::{
     assert_drained,
-    site::{Member, Site, eventually, work_off},
+    site::{Member, Site, eventually, later, task, work_off},
 };
-use crate::tasks::state::Event;
+use crate::tasks::{queued, state::Event};
 
 /// What the sweeps promise.
 const FOUND: Duration = Duration::from_secs(10);
@@ -49,6 +49,33 @@ async fn without_redis_tasks_are_accepted_and_started_and_its_return_loses_none(
     let ids = members[0].submit_many(20).await;
     work_off(&mut members, &ids).await;
     assert_drained(&members[0]).await;
+}
+
+#[tokio::test]
+async fn what_can_start_is_found_among_rows_of_other_models_and_of_later() {
+    let site = Site::new();
+    let one = site.still().await;
+    let before = site.clock.now();
+    let mine = one.submit(task()).await;
+    let mut other = task();
+    other.spec.model = "b/m".into();
+    let other = one.submit(other).await;
+    one.submit(later(site.clock.now() + Duration::from_hours(1))).await;
+    let read = async |since, models: Option<&[&str]>| {
+        let models = models.map(|models| models.iter().map(ToString::to_string).collect());
+        let read = one.world.parts.db.read(move |tx| {
+            let models: Option<Vec<String>> = models.clone();
+            Box::pin(
+                async move { queued::startable_page(tx, None, since, models.as_deref(), 10).await },
+            )
+        });
+        read.await.unwrap().into_iter().map(|entry| entry.id).collect::<Vec<_>>()
+    };
+    let now = site.clock.now();
+    assert_eq!(read(now, Some(&["a/m", "c/m"])).await, [mine]);
+    assert_eq!(read(now, None).await, [mine, other]);
+    assert_eq!(read(now, Some(&[])).await, []);
+    assert_eq!(read(before, None).await, [], "they are for who accepted them");
 }
 
 #[tokio::test]
