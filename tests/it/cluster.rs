@@ -351,6 +351,15 @@ async fn an_older_server_serves_on_beside_a_newer_schema_and_is_not_started_on_i
         assert_eq!(ended.attempt, 1, "{ended:?}");
         check_stream(task, 0, &cluster.api(1).read_all(task).await);
     }
+    // Longer than a server goes on that cannot say that it is there.
+    pass(TTL + TTL / 2).await;
+    for i in 0..2 {
+        let (addr, api) = (cluster.servers[i].addr, cluster.api(i));
+        assert_eq!(http_status(addr, "/readyz").await, Some(200), "server {i}");
+        let task = api.submit(crate::failover::echo(10, 20.0)).await.task_id;
+        let ended = api.wait_for(&task, &[TaskState::Succeeded], SOON).await;
+        assert_eq!(ended.attempt, 1, "{ended:?}");
+    }
     let server = &mut cluster.servers[0];
     server.process().signal(Signal::TERM);
     server.process().exited(2 * SOON).await;
