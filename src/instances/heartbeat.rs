@@ -10,6 +10,7 @@ use crate::{
     clock::Clock,
     db::Db,
     error::{Error, Result},
+    id::InstanceId,
 };
 
 /// Wait before a heartbeat that failed is tried again; less where leases are short.
@@ -32,13 +33,16 @@ pub struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// Writes one heartbeat and takes what locks there are. In vain after an interval, since the
+    /// Writes one heartbeat, and takes what locks there are. In vain after an interval, since the
     /// next one may find a better connection.
+    ///
+    /// That the instance is there is one thing, and which locks it has another: a lock may be waited
+    /// for, and servers that wait are no deader than others.
     pub async fn run_once(&self) -> Result<()> {
         let Some(id) = self.standing.id() else { return Ok(()) };
         let sent = self.clock.mono();
         let draining = self.leaving.is_cancelled();
-        let (lasts, silent) = (self.standing.lock_ttl(), self.standing.dead_after());
+        let silent = self.standing.dead_after();
         let (address, clock) = (self.address.clone(), self.clock.clone());
         let write = self.db.write(move |tx| {
             Box::pin(async move {
@@ -46,29 +50,60 @@ impl Heartbeat {
                 let version = env!("CARGO_PKG_VERSION");
                 let time = store::beat(tx, id, version, &address, draining).await?;
                 clock.follow(time, before, clock.mono());
-                let n_others = store::n_others(tx, id, silent).await?;
+                store::n_others(tx, id, silent).await
+            })
+        });
+        let n_others = self.in_time(write).await?;
+        self.standing.renewed(sent, n_others);
+        if let Err(error) = self.take_locks(id, draining).await {
+            // Those that it has lapse by themselves.
+            tracing::debug!(%error, "no locks were taken; trying again with the next heartbeat");
+        }
+        Ok(())
+    }
+
+    /// Takes the locks that nobody else has, or gives all away. Those of others are not touched, so
+    /// that nobody waits for them.
+    async fn take_locks(&self, id: InstanceId, draining: bool) -> Result<()> {
+        let sent = self.clock.mono();
+        let lasts = self.standing.lock_ttl();
+        let mut free = Vec::new();
+        if !draining {
+            let read = self.db.read(move |tx| Box::pin(store::held_by_others(tx, id)));
+            let taken = self.in_time(read).await?;
+            free.extend(Lock::ALL.into_iter().filter(|lock| !taken.contains(lock.name())));
+            if free.is_empty() {
+                self.standing.took(sent, &[]);
+                return Ok(());
+            }
+        }
+        let write = self.db.write(move |tx| {
+            Box::pin(async move {
                 let mut locks = Vec::new();
                 if draining {
                     store::release(tx, id).await?;
-                    return Ok((locks, n_others));
                 }
-                for lock in Lock::ALL {
+                for lock in free {
                     if let Some(epoch) = store::take(tx, lock, id, lasts).await? {
                         locks.push((lock, epoch));
                     }
                 }
-                Ok((locks, n_others))
+                Ok(locks)
             })
         });
-        let bound = self.standing.interval().max(Duration::from_millis(200));
-        let (locks, n_others) = tokio::select! {
-            written = write => written?,
-            () = self.clock.sleep(bound) => {
-                return Err(Error::storage(format!("no answer within {bound:?}")));
-            }
-        };
-        self.standing.renewed(sent, &locks, n_others);
+        let locks = self.in_time(write).await?;
+        self.standing.took(sent, &locks);
         Ok(())
+    }
+
+    async fn in_time<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let bound = self.standing.interval().max(Duration::from_millis(200));
+        tokio::select! {
+            answered = call => answered,
+            () = self.clock.sleep(bound) => {
+                Err(Error::storage(format!("no answer within {bound:?}")))
+            }
+        }
     }
 
     /// Writes heartbeats for ever, and a last one when the instance leaves.

@@ -192,18 +192,24 @@ impl Standing {
         Duty { standing: self.clone(), lock }
     }
 
-    /// A heartbeat that was sent at `sent` was written, with these locks.
-    pub(super) fn renewed(&self, sent: Mono, locks: &[(Lock, i64)], n_others: u64) {
+    /// These locks were taken, by what was sent at `sent`.
+    pub(super) fn took(&self, sent: Mono, locks: &[(Lock, i64)]) {
+        let Some(among) = &self.0.among else { return };
+        let until = sent + self.lock_ttl();
+        let locks = locks.iter().map(|(lock, epoch)| (*lock, (*epoch, until)));
+        among.state.lock().locks = locks.collect();
+    }
+
+    /// A heartbeat that was sent at `sent` was written.
+    pub(super) fn renewed(&self, sent: Mono, n_others: u64) {
         let Some(among) = &self.0.among else { return };
         let late = self.phase() != Phase::Good;
-        let until = sent + self.lock_ttl();
         let mut state = among.state.lock();
         if late {
             state.good_since = sent;
         }
         state.sent = Some(sent);
         state.n_others = n_others;
-        state.locks = locks.iter().map(|(lock, epoch)| (*lock, (*epoch, until))).collect();
     }
 
     fn mandate(&self, lock: Lock) -> Option<Mandate> {

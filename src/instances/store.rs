@@ -1,6 +1,6 @@
 //! SQL of the `instances` and `locks` tables. All times are the database's.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use super::standing::{Held, Lock, Mandate};
 use crate::{
@@ -76,6 +76,18 @@ pub async fn take(
     Ok(found.map(|(epoch,)| epoch))
 }
 
+const HELD_BY_OTHERS: Sql = Sql::each(
+    "SELECT name FROM locks WHERE holder <> $1 AND until >= (SELECT now FROM server_clock)",
+    "SELECT name FROM locks WHERE holder <> $1
+     AND until >= (extract(epoch FROM clock_timestamp()) * 1000000)::bigint",
+);
+
+/// Names of the locks that other instances have; waits for nobody.
+pub async fn held_by_others(tx: &mut Tx, holder: InstanceId) -> Result<BTreeSet<String>> {
+    let rows: Vec<(String,)> = tx.query(HELD_BY_OTHERS).bind(holder).all().await?;
+    Ok(rows.into_iter().map(|(name,)| name).collect())
+}
+
 const RELEASE: Sql = Sql::new("UPDATE locks SET until = 0 WHERE holder = $1");
 
 /// Leaves an instance's locks to others.
@@ -147,6 +159,7 @@ pub async fn forget(tx: &mut Tx, silent: Duration) -> Result<u64> {
 pub const STATEMENTS: &[Statement] = &[
     Statement::Query(BEAT),
     Statement::Query(TAKE),
+    Statement::Query(HELD_BY_OTHERS),
     Statement::Query(RELEASE),
     Statement::Query(CHECK),
     Statement::Rows(&HOLD),

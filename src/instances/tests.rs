@@ -117,3 +117,32 @@ async fn a_server_alone_is_always_good_and_has_every_lock() {
     assert_eq!((alone.phase(), alone.id()), (Phase::Good, None));
     assert!(alone.duty(Lock::Housekeeping).mandate().is_some());
 }
+
+/// A transaction that holds a lock's row, of whoever has it, delays no heartbeat of others.
+#[tokio::test]
+async fn a_heartbeat_waits_for_no_lock_that_another_instance_has() {
+    let (_dir, db, _clock, one, other) = two().await;
+    if !db.is_shared() {
+        return; // One writer at a time: whoever writes waits.
+    }
+    let mandate = one.standing.duty(Lock::Limits).mandate().unwrap();
+    let (held, holding) = tokio::sync::oneshot::channel();
+    let (release, released) = tokio::sync::oneshot::channel::<()>();
+    let hold = db.write(move |tx| {
+        Box::pin(async move {
+            mandate.check(tx).await?;
+            let _ = held.send(());
+            let _ = released.await;
+            Ok(())
+        })
+    });
+    let beat = async {
+        holding.await.unwrap();
+        other.run_once().await.unwrap();
+        release.send(()).unwrap();
+    };
+    let (held, ()) = tokio::join!(hold, beat);
+    held.unwrap();
+    assert_eq!(other.standing.phase(), Phase::Good);
+    assert!(other.standing.duty(Lock::Limits).mandate().is_none());
+}
