@@ -131,6 +131,14 @@ impl State {
         }
         Some(lease)
     }
+
+    /// Forgets the lease of an earlier attempt, which ended unheard: its session is not to answer
+    /// for the next one, which another may hold.
+    pub fn supersede(&mut self, task: TaskId) {
+        if let Some(fence) = self.leases.of_task(task).map(|lease| lease.fence) {
+            self.release(fence);
+        }
+    }
 }
 
 impl Registry {
@@ -159,6 +167,7 @@ impl Registry {
                 lease.orphaned_until = mono + self.limits().lease_ttl;
             }
             lease.accepted = true;
+            state.supersede(task.id);
             state.leases.insert(lease);
         }
     }
@@ -195,6 +204,7 @@ impl Registry {
             return;
         }
         let mut lease = self.lease(&task, now, mono);
+        state.supersede(task.id);
         let State { sessions, leases, .. } = &mut *state;
         let Some(session) = sessions.get_mut(&key).filter(|session| session.is_connected()) else {
             leases.insert(lease);

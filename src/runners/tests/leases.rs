@@ -12,7 +12,7 @@ use crate::{
         model::{Announcement, FromRunner, Said},
         session::{Attached, Link},
     },
-    tasks::model::State,
+    tasks::{model::State, state::Event},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -44,6 +44,28 @@ async fn a_runner_that_comes_back_in_time_keeps_its_attempts() {
             .await;
         assert_eq!(world.get(fence.task).await.attempt, 1);
     }
+}
+
+/// P12: another server ended the attempt and this one has not heard of it when it starts the next.
+#[tokio::test]
+async fn an_attempt_that_ended_unheard_takes_nothing_from_the_next_one() {
+    let world = World::new().await;
+    let mut first = Runner::connect(&world);
+    let mut second = Runner::try_connect(&world, hello("r2", "i2")).unwrap();
+    let ended = world.run(&first).await;
+    let lose = Event::Lose { attempt: ended.attempt, reason: "by another server".into() };
+    world.ledger.apply(ended.task, lose).await.unwrap();
+    let fence = world.rerun(&second, ended.task).await;
+    // The runner of the first one has dropped it.
+    first.say(&world, Said::Inventory(Vec::new()));
+    world.registry.detach(first.key, &first.link);
+    world.clock.advance(40 * SECOND);
+    second.heartbeat(&world, &[fence]);
+    world.registry.sweep_once().await;
+    assert_eq!(world.get(fence.task).await.state, State::Running);
+    second.finish(&world, fence, 1);
+    until(|| async { (world.get(fence.task).await.state == State::Succeeded).then_some(()) }).await;
+    assert_eq!(world.get(fence.task).await.attempt, fence.attempt);
 }
 
 #[tokio::test]
