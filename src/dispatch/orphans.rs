@@ -12,14 +12,15 @@ use crate::{
     tasks::{ledger::Ledger, reads, state::Event},
 };
 
-/// Between two looks; less where leases are short.
-const EVERY: Duration = Duration::from_secs(1);
+/// Between two looks; less where leases are short. With [`LATE`] and a commit it stays below the
+/// second within which a limit holds.
+const EVERY: Duration = Duration::from_millis(400);
 /// Attempts lost, or limits passed, at once.
 const AT_ONCE: u32 = 500;
 /// A limit that passed so long ago is watched by nobody.
-const LATE: Duration = Duration::from_millis(800);
+const LATE: Duration = Duration::from_millis(400);
 /// Looks between two at instances that are long gone.
-const FORGET_EVERY: u32 = 3600;
+const FORGET_EVERY: u32 = 9000;
 
 /// Ends what dead instances left behind.
 pub struct Orphans {

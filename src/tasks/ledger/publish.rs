@@ -46,6 +46,10 @@ impl Writer {
                 }
                 Effect::Requeued { was, now, cause } => {
                     self.attempt_ended(&was, &now, cause);
+                    if self.parts.standing.id().is_some() {
+                        // Whoever watched its time may be gone.
+                        self.parts.timers.watch(&now);
+                    }
                     self.parts.queue.wait(queue_entry(&now));
                     self.open.keep(now);
                 }
