@@ -75,8 +75,9 @@ pub struct Clock(Kind);
 enum Kind {
     /// The machine's clocks, or, where another clock is followed, what that one shows.
     System { start: tokio::time::Instant, followed: Arc<AtomicI64> },
-    /// Wall time follows tokio's clock from a fixed time: a simulation's time.
-    Simulated { start: tokio::time::Instant, wall: Micros },
+    /// Wall time follows tokio's clock from a given time, or from that of a clock that is followed:
+    /// a simulation's time.
+    Simulated { start: tokio::time::Instant, at_start: Arc<AtomicI64> },
     /// Stands still until moved.
     Manual(Arc<Manual>),
 }
@@ -105,7 +106,8 @@ impl Clock {
 
     /// Follows tokio's (possibly paused) clock, `elapsed` after [`EPOCH`].
     pub fn simulated(elapsed: Duration) -> Self {
-        Self(Kind::Simulated { start: tokio::time::Instant::now(), wall: EPOCH + elapsed })
+        let at_start = Arc::new(AtomicI64::new((EPOCH + elapsed).0));
+        Self(Kind::Simulated { start: tokio::time::Instant::now(), at_start })
     }
 
     /// Whether this is a simulation's time, in which nothing may wait for real time.
@@ -130,17 +132,22 @@ impl Clock {
                 }
                 at_start => Micros(at_start) + start.elapsed(),
             },
-            Kind::Simulated { start, wall } => *wall + start.elapsed(),
+            Kind::Simulated { start, at_start } => {
+                Micros(at_start.load(Ordering::Relaxed)) + start.elapsed()
+            }
             Kind::Manual(manual) => *manual.wall.lock(),
         }
     }
 
     /// Follows another clock, which showed `time` at some moment from `before` to `after`: from now
     /// on [`Clock::now`] is what that one shows, and the machine's wall clock is without effect. Small
-    /// differences, and those that the length of the look explains, are left as they are. Clocks
-    /// that are not the machine's follow none.
+    /// differences, and those that the length of the look explains, are left as they are. A clock
+    /// that is moved by hand follows none.
     pub fn follow(&self, time: Micros, before: Mono, after: Mono) {
-        let Kind::System { followed, .. } = &self.0 else { return };
+        let (Kind::System { followed, .. } | Kind::Simulated { at_start: followed, .. }) = &self.0
+        else {
+            return;
+        };
         let half = after.since(before) / 2;
         let at_start = (time - before.0 - half).0;
         let known = followed.load(Ordering::Relaxed);

@@ -22,6 +22,7 @@ pub use shared::look_at_redis;
 
 use crate::{
     artifacts::{self, Artifacts},
+    blob,
     clock::Clock,
     config::{self, Config},
     db::{self, Db},
@@ -152,11 +153,11 @@ impl App {
             }
             None => (Queue::new(bounds, clock.clone()), None),
         };
-        let bytes = place::bytes(&config);
-        // File work waits for real time, which a simulation has none of.
-        let bytes =
-            if clock.is_simulated() { futures_executor::block_on(bytes) } else { bytes.await };
-        let moving::Bytes { artifacts: store, transcripts: blobs } = bytes?;
+        if clock.is_simulated() {
+            blob::work_at_once();
+        }
+        let bytes = place::bytes(&config).await?;
+        let moving::Bytes { artifacts: store, transcripts: blobs } = bytes;
         let artifacts = Artifacts::new(artifacts::Parts {
             db: db.clone(),
             store,

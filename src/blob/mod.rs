@@ -18,6 +18,7 @@ pub(crate) mod testing;
 use std::{fmt, io, str::FromStr};
 
 pub use blobs::{Blobs, Listed};
+pub use fs::work_at_once;
 pub use store::{Checkpoint, Key, Pieces, Presigned, Sealed, Store, Upload, Writer};
 
 /// The SHA-256 of a blob, which is its name.

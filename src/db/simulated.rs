@@ -65,6 +65,7 @@ pub(super) async fn at_once<T>(work: impl Future<Output = T>) -> T {
                 thread: thread::current(),
                 outer: cx.waker().clone(),
                 waits: AtomicBool::new(false),
+                woken: AtomicBool::new(false),
             });
             WAITS.set(false);
             let waker = Waker::from(wakers.clone());
@@ -75,6 +76,10 @@ pub(super) async fn at_once<T>(work: impl Future<Output = T>) -> T {
             }
             if WAITS.replace(false) {
                 wakers.waits.store(true, Ordering::Release);
+                // What it waits for may have asked to be looked at again at once.
+                if wakers.woken.load(Ordering::Acquire) {
+                    cx.waker().wake_by_ref();
+                }
                 return Poll::Pending;
             }
             // A wake that came already, or another's, makes it look again.
@@ -89,6 +94,8 @@ struct Wakers {
     thread: Thread,
     outer: Waker,
     waits: AtomicBool,
+    /// Woken by its own thread before it was known what it waits for.
+    woken: AtomicBool,
 }
 
 impl Wake for Wakers {
@@ -98,6 +105,9 @@ impl Wake for Wakers {
         if is_here && self.waits.load(Ordering::Acquire) {
             self.outer.wake_by_ref();
         } else {
+            if is_here {
+                self.woken.store(true, Ordering::Release);
+            }
             self.thread.unpark();
         }
     }
