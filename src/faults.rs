@@ -95,28 +95,28 @@ faults! {
     LeaveOrphans = "leave-orphans",
     /// P3: delayed tasks are not moved when they are due.
     LeaveDelayed = "leave-delayed",
-    /// P4: a runner that comes back elsewhere may go on with an attempt that has ended.
-    ResumeEndedAttempts = "resume-ended-attempts",
-    /// P5: a server keeps on recording attempts that went to another.
-    RecordForOthers = "record-for-others",
+    /// P4: the lease of an attempt that ended elsewhere stays beside that of the next one.
+    KeepSuperseded = "keep-superseded",
     /// P6: rows that changed meanwhile are no conflict.
     IgnoreConflicts = "ignore-conflicts",
     /// P7: sequences that another server has shown are given away again.
     ForgetFarShown = "forget-far-shown",
-    /// P8: frames of another server are taken without the first of them.
-    FeedLate = "feed-late",
     /// P8: frames of another server are taken although earlier ones are missing.
     FeedGaps = "feed-gaps",
+    /// P8: readers are not sent back for the entries that another server added.
+    PassOverEntries = "pass-over-entries",
     /// P10: a server is not told that attempts of its runners were ended elsewhere.
     CancelOnlyHere = "cancel-only-here",
+    /// P12: living servers count as dead.
+    OrphanLiving = "orphan-living",
+    /// P12: a server goes by its own clock, whatever the database's shows.
+    TrustOwnClock = "trust-own-clock",
     /// P17: nobody takes over what a dead server had fetched.
     LeaveFetched = "leave-fetched",
     /// P17: what Redis lost is not added anew.
     NeverReconcile = "never-reconcile",
     /// P17: of what Redis lost, that which is delayed is not added anew.
     ForgetDelayed = "forget-delayed",
-    /// P17: living servers count as dead.
-    OrphanLiving = "orphan-living",
     /// P18: readers are given rows as this server knew them last.
     ReadAtHand = "read-at-hand",
     /// P23: a panic in a handler ends the connection.

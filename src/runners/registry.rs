@@ -135,7 +135,9 @@ impl State {
     /// Forgets the lease of an earlier attempt, which ended unheard: its session is not to answer
     /// for the next one, which another may hold.
     pub fn supersede(&mut self, task: TaskId) {
-        if let Some(fence) = self.leases.of_task(task).map(|lease| lease.fence) {
+        if let Some(fence) = self.leases.of_task(task).map(|lease| lease.fence)
+            && !faults::planted(Fault::KeepSuperseded)
+        {
             self.release(fence);
         }
     }

@@ -66,9 +66,17 @@ impl Chaos {
             self.next = now + Duration::from_millis(200 + self.dice.u64() % 3000);
             let lasts = 100 + self.dice.u64() % 20_000 / (1 + self.dice.u64() % 20);
             let whose = self.whose();
-            if self.faults.iter().all(|(_, broken, _)| *broken != whose)
-                && let Some(fault) = self.fault(sim, &whose)
-            {
+            let mut broken = self.faults.iter().filter(|(_, broken, _)| *broken == whose);
+            let fault = match broken.next() {
+                None => self.fault(sim, &whose),
+                // Who is cut off may also crash.
+                Some((.., Fault::NoDatabase(_) | Fault::NoRedis(_))) if broken.next().is_none() => {
+                    sim.crash(whose.as_str());
+                    Some(Fault::Crashed(whose.clone()))
+                }
+                Some(_) => None,
+            };
+            if let Some(fault) = fault {
                 self.faults.push((now + Duration::from_millis(lasts), whose, fault));
             }
         }
@@ -195,5 +203,5 @@ fn worsen(shared: &Shared, dice: &Entropy) {
         lost_messages: up_to(300),
         doubled_messages: up_to(300),
     });
-    shared.database.lock().expect("nobody failed").losses = up_to(6);
+    shared.database.lock().expect("nobody failed").losses = up_to(20);
 }

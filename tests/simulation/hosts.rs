@@ -96,6 +96,12 @@ impl Site {
     }
 }
 
+/// A channel to one server.
+pub fn channel_to(server: String) -> Channel {
+    let connector = tower::service_fn(move |_| connect(server.clone()));
+    endpoint().connect_with_connector_lazy(connector)
+}
+
 pub fn server_name(i: u64) -> String {
     format!("server-{i}")
 }
@@ -235,6 +241,7 @@ impl Drop for Running {
             && let Some(n_running) = book.running.get_mut(&self.task)
         {
             *n_running -= 1;
+            tracing::debug!(self.task, "runs no more");
         }
     }
 }
@@ -257,6 +264,7 @@ impl Engine for Witness {
 
     fn run(&self, work: Work, emitter: Emitter) -> BoxFuture<'static, Result<Completion, Failure>> {
         let attempt = (work.task.to_string(), work.attempt);
+        tracing::debug!(?attempt, "begins");
         let mut book = self.book.lock().expect("no user failed");
         let runner = book.attempts.entry(attempt.clone()).or_insert_with(|| self.runner.clone());
         assert_eq!(*runner, self.runner, "P4, two runners got attempt {attempt:?}");

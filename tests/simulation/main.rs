@@ -19,6 +19,7 @@ mod hosts;
 #[expect(dead_code, reason = "the claims that hold it to a real server look deeper")]
 mod imitation;
 mod operator;
+mod replay;
 mod users;
 
 use std::{
@@ -47,10 +48,17 @@ const SEEDS_OF_SEVERAL: u64 = 40;
 const SEEDS_FOR_A_FAULT: u64 = 1000;
 /// While parts break.
 const CHAOS: Duration = Duration::from_secs(30);
+/// By then everything works again, and what broke before has been made good.
+const SETTLED: Duration = Duration::from_secs(55);
+/// A seed that takes so long of real time is stuck, and ends with this code.
+const LONGEST: Duration = Duration::from_mins(3);
+const STUCK: i32 = 75;
 /// Everything must have ended by then: the longest backoff, lease and session added up.
 const END: Duration = Duration::from_mins(4);
 const N_RUNNERS: u64 = 3;
 const N_TASKS: u64 = 24;
+/// Those that come when everything works again.
+const N_LATE: u64 = 6;
 /// Servers, where there are several.
 const SEVERAL: u64 = 3;
 
@@ -92,9 +100,13 @@ fn simulate(seed: u64, n_servers: u64) -> Seen {
             let dice = Entropy::seeded(seed << 8 ^ i);
             tokio::spawn(users::user(asked.clone(), i, dice, users.clone()))
         });
+        let late = (0..N_LATE).map(|i| {
+            let dice = Entropy::seeded(!(seed << 8 ^ i));
+            tokio::spawn(users::late_user(asked.clone(), i, dice, users.clone()))
+        });
         let orders = operator::operate(asked.clone(), Entropy::seeded(!seed));
         let orders = tokio::spawn(orders);
-        for life in lives.collect::<Vec<_>>() {
+        for life in lives.chain(late).collect::<Vec<_>>() {
             life.await.expect("a user's checks hold");
         }
         let n_obeyed = orders.await.expect("the operator's checks hold");
@@ -113,7 +125,7 @@ fn simulate(seed: u64, n_servers: u64) -> Seen {
         }
     }
     let book = book.lock().expect("no user failed");
-    assert_eq!(book.tasks.len() as u64, N_TASKS, "every acknowledged task is there");
+    assert_eq!(book.tasks.len() as u64, N_TASKS + N_LATE, "every acknowledged task is there");
     let trace = hex::encode(book.trace.clone().finalize());
     Seen { trace, n_obeyed: book.n_obeyed, last_end: book.last_end }
 }
@@ -131,6 +143,11 @@ fn one_seed() {
     if std::env::var("BATON_SEED_LOG").is_ok() {
         tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).init();
     }
+    std::thread::spawn(move || {
+        std::thread::sleep(LONGEST);
+        eprintln!("seed {seed} is stuck: it has not ended within {LONGEST:?}");
+        std::process::exit(STUCK);
+    });
     let seen = simulate(seed, number("BATON_SERVERS").unwrap_or(1));
     println!("\nseed {seed}: {}", seen.trace);
     println!("obeyed {}", seen.n_obeyed);
@@ -148,11 +165,10 @@ fn run_apart(seed: u64, n_servers: u64) -> Output {
         .expect("the seed's process")
 }
 
-/// A failure can be repeated: nothing but the seed decides. With several servers something else does
-/// too, at times: there a seed gives the same run more often than not, and no more is claimed.
+/// A failure can be repeated: nothing but the seed decides.
 #[test]
 fn the_same_seed_gives_the_same_run() {
-    for (seed, n_servers) in [(3, 1), (7, 1)] {
+    for (seed, n_servers) in [(3, 1), (7, 1), (3, SEVERAL), (7, SEVERAL)] {
         let trace = |output: Output| {
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
             text.lines().find(|line| line.starts_with("seed ")).map(ToOwned::to_owned)
@@ -185,7 +201,9 @@ fn a_planted_fault_is_found() {
     let name = std::env::var("BATON_FAULT").expect("BATON_FAULT");
     for seed in 0..number("BATON_SEEDS").unwrap_or(SEEDS_FOR_A_FAULT) {
         let output = run_apart(seed, SEVERAL);
-        if !output.status.success() {
+        if output.status.code() == Some(STUCK) {
+            println!("seed {seed} was stuck under `{name}`, which is no finding");
+        } else if !output.status.success() {
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
             let lines: Vec<_> = text.lines().collect();
             let said = lines.iter().position(|line| line.contains(" panicked at "));

@@ -7,6 +7,7 @@ use std::{
 };
 
 use baton::{
+    clock::{EPOCH, Micros},
     id::Entropy,
     json,
     pb::{self, TaskState, task_event::Body, task_service_client::TaskServiceClient},
@@ -15,10 +16,17 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 use tonic::Code;
 
-use super::{CHAOS, hosts::Site};
+use super::{CHAOS, SETTLED, hosts::Site, replay};
 
-/// A runner knows of a cancel by then, when everything works: its lease is over, and some time.
+/// A runner knows by then of a cancel from before: its lease is over, and some time.
 const TOLD: Duration = Duration::from_secs(20);
+/// The same, when everything works.
+const TOLD_AT_ONCE: Duration = Duration::from_millis(250);
+/// Deadlines hold to this, and wrong clocks are right to that.
+const LATE: Duration = Duration::from_secs(1);
+const EARLY: Duration = Duration::from_millis(50);
+/// Of so many tasks one has a deadline.
+const LIMITED: u64 = 6;
 
 /// What is known of a task from the outside.
 #[derive(Default)]
@@ -27,6 +35,8 @@ pub struct Seen {
     events: BTreeMap<u64, Vec<u8>>,
     /// Sequence and state of the terminal event.
     ended: Option<(u64, i32)>,
+    /// When that was first seen.
+    ended_at: Duration,
     /// Sequences up to here were seen when a cancel was acknowledged that ended the task.
     cancelled_after: Option<u64>,
 }
@@ -81,9 +91,10 @@ fn note(id: &str, book: &Book, cursor: &mut u64, event: &pb::TaskEvent) {
     };
     assert_eq!(first, *cursor + 1, "{id}: P8, each event follows the last: {event:?}");
     *cursor = event.sequence;
+    tracing::debug!(id, event.sequence, event.attempt, body = ?event.body, "seen");
     let bytes = event.encode_to_vec();
     let mut book = book.lock().expect("no user failed");
-    let when = turmoil::sim_elapsed().unwrap_or_default().as_nanos();
+    let when = now().as_nanos();
     book.trace.update(when.to_le_bytes());
     book.trace.update(&bytes);
     let book = &mut *book;
@@ -96,19 +107,66 @@ fn note(id: &str, book: &Book, cursor: &mut u64, event: &pb::TaskEvent) {
     if let Some(Body::Ended(ended)) = &event.body {
         let end = (event.sequence, ended.state);
         assert!(seen.ended.is_none_or(|known| known == end), "{id}: P6, two ends");
-        seen.ended = Some(end);
-        book.last_end = turmoil::sim_elapsed().unwrap_or_default();
+        if seen.ended.replace(end).is_none() {
+            book.last_end = now();
+            seen.ended_at = now();
+        }
     }
     if let Some((end, _)) = seen.ended {
         assert!(event.sequence <= end, "{id}: P6, {} after the end at {end}", event.sequence);
     }
+    check_lost(id, event);
 }
 
-fn spec(dice: &Entropy, cancels: bool) -> pb::TaskSpec {
-    // One that is to be cancelled would run longer than anybody waits for it.
-    let (repeat, delay) =
-        if cancels { (20, 1000) } else { (1 + dice.u64() % 20, dice.u64() % 400) };
+/// P12: when everything works no lease is lost.
+fn check_lost(id: &str, event: &pb::TaskEvent) {
+    let error = match &event.body {
+        Some(Body::Queued(queued)) => &queued.previous_error,
+        Some(Body::Ended(ended)) => &ended.error,
+        _ => return,
+    };
+    let is_lost = error.as_ref().is_some_and(|error| error.reason == "RUNNER_LOST");
+    assert!(!is_lost || told_at(event) < SETTLED, "{id}: P12, a living runner's lease: {event:?}");
+}
+
+/// When an event was, by the server's clock.
+fn told_at(event: &pb::TaskEvent) -> Duration {
+    let time = event.time.expect("a time");
+    let time = Micros(time.seconds * 1_000_000 + i64::from(time.nanos) / 1000);
+    time.since(EPOCH)
+}
+
+fn now() -> Duration {
+    turmoil::sim_elapsed().unwrap_or_default()
+}
+
+/// A task, and whether it is to be cancelled or has a deadline.
+struct Plan {
+    spec: pb::TaskSpec,
+    cancels: bool,
+    deadline: Option<Duration>,
+}
+
+impl Plan {
+    fn new(dice: &Entropy) -> Self {
+        let cancels = dice.u64().is_multiple_of(5);
+        let limited = !cancels && dice.u64().is_multiple_of(LIMITED);
+        let deadline = limited.then(|| SETTLED + Duration::from_millis(dice.u64() % 10_000));
+        let mut spec = spec(dice, cancels || limited);
+        spec.deadline = deadline.map(|after| {
+            let at = (EPOCH + after).0;
+            let nanos = (at % 1_000_000 * 1000) as i32;
+            prost_types::Timestamp { seconds: at / 1_000_000, nanos }
+        });
+        Self { spec, cancels, deadline }
+    }
+}
+
+/// One that is `long` would run longer than anybody waits for it.
+fn spec(dice: &Entropy, long: bool) -> pb::TaskSpec {
+    let (repeat, delay) = if long { (20, 1000) } else { (1 + dice.u64() % 20, dice.u64() % 400) };
     let fail = match dice.u64() % 6 {
+        _ if long => "",
         0 => r#", "fail": {"times": 1}"#,
         1 => r#", "fail": {"retryable": false, "after": 2}"#,
         _ => "",
@@ -183,10 +241,12 @@ async fn cancel(site: &Site, id: &str, book: &Book) {
 
 /// One task's life as its user sees it.
 pub async fn user(site: Site, i: u64, dice: Entropy, book: Book) {
-    tokio::time::sleep(Duration::from_millis(dice.u64() % CHAOS.as_millis() as u64)).await;
-    let cancels = dice.u64().is_multiple_of(5);
-    let spec = Some(spec(&dice, cancels));
-    let request = pb::SubmitTaskRequest { spec, request_id: format!("r{i}") };
+    // Alone, or with others at once.
+    let at = dice.u64() % CHAOS.as_millis() as u64;
+    let at = if dice.u64().is_multiple_of(2) { at } else { 5000 + at / 10_000 * 10_000 };
+    tokio::time::sleep(Duration::from_millis(at)).await;
+    let Plan { spec, cancels, deadline } = Plan::new(&dice);
+    let request = pb::SubmitTaskRequest { spec: Some(spec), request_id: format!("r{i}") };
     // Some cannot wait and ask two servers at once: P2, it is one task.
     let id = if site.n_servers > 1 && dice.u64().is_multiple_of(3) {
         let (id, other) =
@@ -206,7 +266,45 @@ pub async fn user(site: Site, i: u64, dice: Entropy, book: Book) {
         watcher.await.expect("a watcher's checks hold");
     }
     check_end(&site, &id, &book).await;
+    if let Some(deadline) = deadline {
+        check_deadline(&id, &book, deadline);
+    }
+    let first = replay::read(&site, &id).await;
     check_runners_know(&id, &book).await;
+    tokio::time::sleep(SETTLED.saturating_sub(now())).await;
+    replay::check(&site, &id, &first).await;
+}
+
+/// One who comes when everything works again, and cancels what runs: P10, the runner hears of it at
+/// once, whichever server it is asked of.
+pub async fn late_user(site: Site, i: u64, dice: Entropy, book: Book) {
+    tokio::time::sleep(SETTLED + Duration::from_millis(dice.u64() % 10_000)).await;
+    let spec = Some(spec(&dice, true));
+    let request = pb::SubmitTaskRequest { spec, request_id: format!("late{i}") };
+    let id = submit(&site, request, &dice).await;
+    let watcher = tokio::spawn(watch(site.clone(), id.clone(), book.clone(), 150));
+    let n_running = || book.lock().expect("no user failed").running.get(&id).copied().unwrap_or(0);
+    while n_running() == 0 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(dice.u64() % 2000)).await;
+    cancel(&site, &id, &book).await;
+    tokio::time::sleep(TOLD_AT_ONCE).await;
+    assert_eq!(n_running(), 0, "{id}: P10, it runs {TOLD_AT_ONCE:?} after it was cancelled");
+    watcher.await.expect("a watcher's checks hold");
+    check_end(&site, &id, &book).await;
+}
+
+/// P12: a deadline passes when it is time, and not before, whatever clocks show.
+fn check_deadline(id: &str, book: &Book, deadline: Duration) {
+    let book = book.lock().expect("no user failed");
+    let seen = &book.tasks[id];
+    let (sequence, state) = seen.ended.expect("an end");
+    let end = pb::TaskEvent::decode(seen.events[&sequence].as_slice()).expect("an event");
+    let (told, at) = (told_at(&end), seen.ended_at);
+    let expired = state == i32::from(TaskState::Expired);
+    assert!(!expired || at + EARLY >= deadline, "{id}: P12, {deadline:?} passed at {at:?}");
+    assert!(told <= deadline + LATE, "{id}: P12, {deadline:?} passed only at {told:?}");
 }
 
 /// P10: the runner of a task that was cancelled is told, once everything is mended.
@@ -214,8 +312,8 @@ async fn check_runners_know(id: &str, book: &Book) {
     if book.lock().expect("no user failed").tasks[id].cancelled_after.is_none() {
         return;
     }
-    let mended = turmoil::sim_elapsed().unwrap_or_default().max(CHAOS) + TOLD;
-    while turmoil::sim_elapsed().unwrap_or_default() < mended {
+    let mended = now().max(CHAOS) + TOLD;
+    while now() < mended {
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     let n_running = book.lock().expect("no user failed").running.get(id).copied().unwrap_or(0);

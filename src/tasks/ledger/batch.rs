@@ -366,7 +366,7 @@ impl Batch {
             let task = &row.task;
             if task.state != State::Running
                 || task.attempt != segment.attempt
-                || is_elsewhere(task, standing) && !faults::planted(Fault::RecordForOthers)
+                || is_elsewhere(task, standing)
             {
                 continue;
             }

@@ -229,9 +229,7 @@ pub fn apply(
             next.task.instance = *instance;
         }
         Event::Resume { attempt, runner, serves, instance } => {
-            if !faults::planted(Fault::ResumeEndedAttempts) {
-                check_lease(task, *attempt)?;
-            }
+            check_lease(task, *attempt)?;
             let serves = serves.as_ref().is_none_or(|serves| *serves == task.namespace);
             if task.runner.as_ref() != Some(runner) || !serves {
                 return Err(Rejected::LeaseLost);
