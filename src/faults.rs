@@ -115,8 +115,8 @@ faults! {
     LeaveFetched = "leave-fetched",
     /// P17: what Redis lost is not added anew.
     NeverReconcile = "never-reconcile",
-    /// P17: of what Redis lost, that which is delayed is not added anew.
-    ForgetDelayed = "forget-delayed",
+    /// P17: of what Redis lost, that which is to be tried again is not added anew.
+    ForgetRetries = "forget-retries",
     /// P18: readers are given rows as this server knew them last.
     ReadAtHand = "read-at-hand",
     /// P23: a panic in a handler ends the connection.

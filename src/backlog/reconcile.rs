@@ -122,9 +122,7 @@ impl Backlog {
                 .iter()
                 .zip(known)
                 .filter(|(entry, known)| known.is_none_or(|attempt| attempt < entry.attempt))
-                .filter(|(entry, _)| {
-                    entry.not_before.is_none() || !faults::planted(Fault::ForgetDelayed)
-                })
+                .filter(|(entry, _)| entry.attempt == 0 || !faults::planted(Fault::ForgetRetries))
                 .map(|(entry, _)| entry)
                 .collect();
             n_tasks += missing.len();
