@@ -275,7 +275,8 @@ impl Db {
                 Err(error) => Err(write.rollback(error).await),
             }
         };
-        self.drive(work).await
+        // Large, so that it is not to be a part of all that ever writes.
+        Box::pin(self.drive(work)).await
     }
 
     /// Runs `f` on a reading connection. Each statement sees what was committed before it.
@@ -284,7 +285,8 @@ impl Db {
         F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
         T: Send,
     {
-        self.drive(self.read_now(f)).await
+        // Large, so that it is not to be a part of all that ever reads.
+        Box::pin(self.drive(self.read_now(f))).await
     }
 
     async fn read_now<T, F>(&self, f: F) -> Result<T>

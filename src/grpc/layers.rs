@@ -103,7 +103,8 @@ impl Edge {
         let mut response = if is_call {
             inner.calls.call(request).instrument(span).await
         } else {
-            self.http(request).instrument(span).await
+            // Large, and rarer than calls, which would all have room for it.
+            Box::pin(self.http(request)).instrument(span).await
         };
         if let Ok(value) = value {
             response.headers_mut().insert(CORRELATION, value);

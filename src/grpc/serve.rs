@@ -228,8 +228,10 @@ where
         .max_local_error_reset_streams(LOCAL_ERROR_RESETS)
         .max_send_buf_size(SEND_BUFFER);
     let calls = edge.clone();
-    let service =
-        service_fn(move |request: http::Request<Incoming>| calls.clone().call(peer, request));
+    // Boxed once here: on its way to its task hyper and tokio move it several times.
+    let service = service_fn(move |request: http::Request<Incoming>| {
+        Box::pin(calls.clone().call(peer, request))
+    });
     let mut serving = pin!(builder.serve_connection(io, service));
     let (mut may_be_silent, mut draining) = (false, false);
     loop {
