@@ -22,10 +22,10 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Code, Status, body::Body};
 use tracing::Span;
 
+use super::calls::Calls;
 use crate::{
     error::{Error, Kind, Reason},
-    supervisor::Supervisor,
-    telemetry::{Metrics, RpcLabels},
+    telemetry::RpcLabels,
 };
 
 /// A request's body that must be complete within a time, or that must go on within a time.
@@ -91,8 +91,7 @@ where
 
 /// Counts a call once, when it ends in whatever way.
 pub(super) struct Record {
-    pub(super) metrics: Metrics,
-    pub(super) supervisor: Supervisor,
+    pub(super) calls: Calls,
     pub(super) method: &'static str,
     pub(super) span: Span,
     /// A stream of answers to one request.
@@ -104,7 +103,7 @@ impl Drop for Record {
     fn drop(&mut self) {
         // Without a code the client went away.
         let code = code_name(self.code.unwrap_or(Code::Cancelled));
-        self.metrics.rpcs.get_or_create(&RpcLabels { method: self.method, code }).inc();
+        self.calls.metrics().rpcs.get_or_create(&RpcLabels { method: self.method, code }).inc();
         tracing::debug!(parent: &self.span, code, "call ended");
     }
 }
@@ -274,8 +273,8 @@ impl http_body::Body for Guarded {
         match polled {
             Err(panic) => {
                 if let Some(record) = &this.record {
-                    record.supervisor.panicked(record.method, panic.as_ref());
-                    record.metrics.panics.inc();
+                    record.calls.supervisor().panicked(record.method, panic.as_ref());
+                    record.calls.metrics().panics.inc();
                 }
                 Poll::Ready(Some(Ok(this.finish(Error::internal("a stream panicked")))))
             }

@@ -175,8 +175,7 @@ impl Calls {
             span.record("method", method.name);
         }
         let mut record = Record {
-            metrics: inner.metrics.clone(),
-            supervisor: inner.supervisor.clone(),
+            calls: self.clone(),
             method: found.as_ref().map_or("unknown", |(method, _)| method.name),
             span: span.clone(),
             one_way: found.as_ref().is_some_and(|(m, _)| m.is_streaming() && !m.client_streaming),

@@ -6,14 +6,21 @@
 mod metrics;
 mod trace;
 
-use std::{io::IsTerminal as _, sync::atomic::Ordering};
+use std::{
+    io::{BufWriter, IsTerminal as _},
+    sync::atomic::Ordering,
+};
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::{WithExportConfig as _, WithTonicConfig as _};
 use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
 use tonic::metadata::{MetadataKey, MetadataMap, MetadataValue};
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
-    EnvFilter, Layer as _, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+    EnvFilter, Layer as _, Registry,
+    filter::Targets,
+    layer::{Filter, SubscriberExt as _},
+    util::SubscriberInitExt as _,
 };
 
 use crate::config::{self, ConfigError, LogFormat};
@@ -21,18 +28,31 @@ use crate::config::{self, ConfigError, LogFormat};
 pub use metrics::{MethodLabel, Metrics, OutcomeLabel, ReasonLabel, RpcLabels, StateLabel};
 pub use trace::{TraceParent, adopt_parent, traceparent};
 
-/// Keeps the exporter alive; [`Telemetry::shutdown`] sends what is left.
+/// Keeps the exporter and the writer of lines alive; [`Telemetry::shutdown`] sends what is left, and
+/// dropped it writes the last lines.
 #[derive(Default)]
-pub struct Telemetry(Option<SdkTracerProvider>);
+pub struct Telemetry {
+    spans: Option<SdkTracerProvider>,
+    _lines: Option<WorkerGuard>,
+}
+
+/// Lines that wait to be written; more are left out.
+const LINES: usize = 8_192;
+
+/// Which lines are written.
+type LineFilter = Box<dyn Filter<Registry> + Send + Sync>;
 
 impl Telemetry {
     /// Installs the process's subscriber. Must run inside the runtime when traces are exported.
     /// A second call in one process changes nothing, which suits tests.
     pub fn init(config: &config::Telemetry) -> Result<Self, ConfigError> {
-        let filter = EnvFilter::try_new(&config.log_filter).map_err(|error| {
-            ConfigError::refused("telemetry.log_filter", format!("is not a filter: {error}"))
-        })?;
-        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let filter = line_filter(&config.log_filter)?;
+        // A thread of its own writes, many lines at once: whoever reads them keeps no call waiting.
+        let (writer, guard) = NonBlockingBuilder::default()
+            .buffered_lines_limit(LINES)
+            .thread_name("baton-log")
+            .finish(BufWriter::new(std::io::stderr()));
+        let lines = tracing_subscriber::fmt::layer().with_writer(writer);
         let lines = match config.log_format {
             LogFormat::Json => lines.json().flatten_event(true).boxed(),
             LogFormat::Text => {
@@ -52,18 +72,29 @@ impl Telemetry {
         if installed.is_err() {
             tracing::debug!("a subscriber was installed before");
         }
-        Ok(Self(provider))
+        Ok(Self { spans: provider, _lines: Some(guard) })
     }
 
     /// Sends the spans that wait for export.
     pub async fn shutdown(self) {
-        let Some(provider) = self.0 else { return };
+        let Some(provider) = self.spans else { return };
         // The exporter's thread needs this runtime, so the wait happens beside it.
         let sent = tokio::task::spawn_blocking(move || provider.shutdown()).await;
         if let Ok(Err(error)) = sent {
             tracing::debug!(%error, "spans left unsent");
         }
     }
+}
+
+fn line_filter(text: &str) -> Result<LineFilter, ConfigError> {
+    // What needs no fields of spans costs less at each span.
+    if let Ok(targets) = text.parse::<Targets>() {
+        return Ok(Box::new(targets));
+    }
+    let filter = EnvFilter::try_new(text).map_err(|error| {
+        ConfigError::refused("telemetry.log_filter", format!("is not a filter: {error}"))
+    })?;
+    Ok(Box::new(filter))
 }
 
 fn exporter(config: &config::Telemetry) -> Result<Option<SdkTracerProvider>, ConfigError> {
