@@ -8,7 +8,8 @@
 //! name up by going through all of them, so that numbered values (`$7`) would make a statement
 //! over many rows cost the square of its values.
 //!
-//! On Postgres a statement has one text for any number of rows: each column is an array.
+//! On Postgres a statement has one text for any number of rows: each column is an array. Statements
+//! that write and do not look at each other's rows are parts of one ([`Bulk::together`]).
 
 use std::{fmt::Write as _, sync::OnceLock};
 
@@ -55,12 +56,23 @@ pub struct Bulk {
     tail: &'static str,
     /// What comes last where rows can be held; one writer at a time needs not hold any.
     hold: &'static str,
+    together: bool,
 }
 
 impl Bulk {
     /// A statement over rows of these columns.
     pub const fn new(head: &'static str, columns: &'static [Type], tail: &'static str) -> Self {
-        Self::holding(head, columns, tail, "")
+        Self::made(head, columns, tail, "", false)
+    }
+
+    /// The same, which writes rows that no other statement of the kind next to it in its script
+    /// reads or writes: a server may run them as one, each as if it were the first.
+    pub const fn together(
+        head: &'static str,
+        columns: &'static [Type],
+        tail: &'static str,
+    ) -> Self {
+        Self::made(head, columns, tail, "", true)
     }
 
     /// The same, which holds what it finds until its transaction ends.
@@ -70,8 +82,23 @@ impl Bulk {
         tail: &'static str,
         hold: &'static str,
     ) -> Self {
+        Self::made(head, columns, tail, hold, false)
+    }
+
+    const fn made(
+        head: &'static str,
+        columns: &'static [Type],
+        tail: &'static str,
+        hold: &'static str,
+        together: bool,
+    ) -> Self {
         let texts = [const { OnceLock::new() }; SIZES];
-        Self { texts, postgres: OnceLock::new(), head, columns, tail, hold }
+        Self { texts, postgres: OnceLock::new(), head, columns, tail, hold, together }
+    }
+
+    /// Whether it may be run with others as one.
+    pub(super) fn goes_together(&self) -> bool {
+        self.together
     }
 
     /// Its columns.
@@ -91,11 +118,12 @@ impl Bulk {
     pub fn text(&'static self, engine: Engine, rows: usize) -> &'static str {
         match engine {
             Engine::Sqlite => self.sqlite_text(rows),
-            Engine::Postgres => self.postgres.get_or_init(|| self.postgres_text()),
+            Engine::Postgres => self.postgres.get_or_init(|| self.postgres_text(1)),
         }
     }
 
-    fn postgres_text(&self) -> String {
+    /// The text for Postgres whose first value has that number.
+    fn postgres_text(&self, first: usize) -> String {
         let mut text = format!("{}SELECT * FROM unnest(", self.head);
         for (at, column) in self.columns.iter().enumerate() {
             let arrays = match column {
@@ -107,12 +135,29 @@ impl Bulk {
             };
             let comma = if at == 0 { "" } else { ", " };
             // Writing to a string cannot fail.
-            let _ = write!(text, "{comma}${}::{arrays}", at + 1);
+            let _ = write!(text, "{comma}${}::{arrays}", first + at);
         }
         text.push(')');
         text.push_str(self.tail);
         text.push_str(self.hold);
         text
+    }
+
+    /// One statement for Postgres that does what these do and answers with how many rows each
+    /// changed; their values follow each other.
+    #[cfg(feature = "postgres")]
+    pub(super) fn postgres_texts<'b>(bulks: impl Iterator<Item = &'b Self>) -> String {
+        let (mut parts, mut counts) = (String::from("WITH "), String::from("SELECT ARRAY["));
+        let mut first = 1;
+        for (at, bulk) in bulks.enumerate() {
+            let comma = if at == 0 { "" } else { ", " };
+            let part = bulk.postgres_text(first);
+            // Writing to a string cannot fail.
+            let _ = write!(parts, "{comma}part{at} AS ({part} RETURNING 1)");
+            let _ = write!(counts, "{comma}(SELECT count(*) FROM part{at})");
+            first += bulk.columns.len();
+        }
+        format!("{parts} {counts}]")
     }
 
     fn sqlite_text(&'static self, rows: usize) -> &'static str {
@@ -164,6 +209,19 @@ mod tests {
             INSERT.text(Engine::Postgres, 2),
             "INSERT INTO t (a, b) SELECT * FROM unnest($1::bigint[], $2::text[]::jsonb[]) \
              RETURNING a"
+        );
+    }
+
+    #[cfg(feature = "postgres")]
+    #[test]
+    fn parts_of_one_statement_number_their_values_on() {
+        static ONE: Bulk = Bulk::together("INSERT INTO a ", &[Type::Int, Type::Text], "");
+        static TWO: Bulk = Bulk::together("INSERT INTO b ", &[Type::Id], "");
+        assert_eq!(
+            Bulk::postgres_texts([&ONE, &TWO].into_iter()),
+            "WITH part0 AS (INSERT INTO a SELECT * FROM unnest($1::bigint[], $2::text[]) RETURNING 1), \
+             part1 AS (INSERT INTO b SELECT * FROM unnest($3::uuid[]) RETURNING 1) \
+             SELECT ARRAY[(SELECT count(*) FROM part0), (SELECT count(*) FROM part1)]"
         );
     }
 }

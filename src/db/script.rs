@@ -3,14 +3,15 @@
 //! Each statement that is awaited is a message to the connection's thread and an answer, two
 //! waits for a processor. A few small statements therefore go as one text; what touches many
 //! rows goes one by one, since the texts of all combinations would not fit the cache of
-//! prepared statements. On Postgres each statement goes by itself, whatever its size: its
-//! protocol takes one at a time, and arrays make one statement of any number of rows.
+//! prepared statements. On Postgres, whose protocol takes one statement at a time, arrays make one
+//! of any number of rows, and those next to each other that do not look at each other's rows become
+//! one ([`Bulk::together`]).
 
 use futures_util::TryStreamExt as _;
 use sqlx::{AssertSqlSafe, Either, Executor as _};
 
 use super::{
-    Engine, Tx, Type,
+    Engine, Tx,
     bulk::{Bulk, chunks},
     value::{Arguments, Values},
 };
@@ -33,6 +34,8 @@ pub struct Script {
 /// Statements that go together, and their values.
 struct Message {
     text: String,
+    /// Its first statement.
+    bulk: &'static Bulk,
     values: Values,
     /// What each statement must do.
     wants: Vec<Want>,
@@ -110,7 +113,7 @@ impl Script {
         for chunk in chunks(engine, rows) {
             let want = want(chunk.len() as u64);
             let small = chunk.len() <= SMALL && engine == Engine::Sqlite;
-            let values = self.push(bulk.text(engine, chunk.len()), bulk.columns(), want, small);
+            let values = self.push(bulk, chunk.len(), want, small);
             let end = values.len() + bulk.places(engine, chunk.len());
             for row in chunk {
                 bind(values, row)?;
@@ -123,11 +126,12 @@ impl Script {
         Ok(())
     }
 
-    fn push(&mut self, text: &str, columns: &[Type], want: Want, small: bool) -> &mut Values {
+    fn push(&mut self, bulk: &'static Bulk, n_rows: usize, want: Want, small: bool) -> &mut Values {
         if !small || !self.messages.last().is_some_and(|message| message.small) {
             self.messages.push(Message {
                 text: String::new(),
-                values: Values::new(self.engine, columns),
+                bulk,
+                values: Values::new(self.engine, bulk.columns()),
                 wants: Vec::new(),
                 small,
             });
@@ -137,7 +141,7 @@ impl Script {
         if !message.text.is_empty() {
             message.text.push_str(";\n");
         }
-        message.text.push_str(text);
+        message.text.push_str(bulk.text(self.engine, n_rows));
         message.wants.push(want);
         &mut message.values
     }
@@ -171,7 +175,19 @@ impl Script {
 
     /// Runs everything, in order, in the transaction of `tx`.
     pub async fn run(self, tx: &mut Tx) -> Result<()> {
-        for message in self.messages {
+        let mut messages = self.messages.into_iter().peekable();
+        while let Some(message) = messages.next() {
+            #[cfg(feature = "postgres")]
+            if let Tx::Postgres(conn) = tx
+                && message.bulk.goes_together()
+            {
+                let mut parts = vec![message];
+                while let Some(next) = messages.next_if(|next| next.bulk.goes_together()) {
+                    parts.push(next);
+                }
+                Message::send_as_one(parts, conn).await?;
+                continue;
+            }
             message.send(tx).await?;
         }
         Ok(())
@@ -179,6 +195,26 @@ impl Script {
 }
 
 impl Message {
+    /// Sends messages of one statement each as one statement.
+    #[cfg(feature = "postgres")]
+    async fn send_as_one(parts: Vec<Self>, conn: &mut sqlx::PgConnection) -> Result<()> {
+        let text = Bulk::postgres_texts(parts.iter().map(|part| part.bulk));
+        let mut to = sqlx::postgres::PgArguments::default();
+        let mut wants = Vec::with_capacity(parts.len());
+        for part in parts {
+            if let Arguments::Postgres(columns) = part.values.finish()? {
+                columns.add_to(&mut to)?;
+            }
+            wants.extend(part.wants);
+        }
+        let changed: Vec<i64> =
+            sqlx::query_scalar_with(AssertSqlSafe(text), to).fetch_one(conn).await?;
+        for (want, changed) in wants.into_iter().zip(changed) {
+            check(want, changed.unsigned_abs(), changed.unsigned_abs())?;
+        }
+        Ok(())
+    }
+
     async fn send(self, tx: &mut Tx) -> Result<()> {
         let mut wants = self.wants.into_iter();
         let mut want = || wants.next().unwrap_or(Want::Anything);
@@ -199,7 +235,9 @@ impl Message {
             }
             #[cfg(feature = "postgres")]
             (Tx::Postgres(conn), Arguments::Postgres(columns)) => {
-                let query = sqlx::query_with(AssertSqlSafe(self.text), columns.finish()?);
+                let mut to = sqlx::postgres::PgArguments::default();
+                columns.add_to(&mut to)?;
+                let query = sqlx::query_with(AssertSqlSafe(self.text), to);
                 let done = conn.execute(query).await?;
                 check(want(), done.rows_affected(), done.rows_affected())?;
             }
@@ -228,7 +266,7 @@ fn check(want: Want, changed: u64, found: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::db::{Db, Sql, testing};
+    use crate::db::{Db, Sql, Type, testing};
 
     static INSERT: Bulk = Bulk::new(
         "WITH new (name, value) AS (",
@@ -289,6 +327,36 @@ mod tests {
             let wanted = [&new[..n.min(3)], &old[n.min(3)..]].concat();
             assert_eq!(stored(&db).await, wanted[1..], "{n} rows");
         }
+    }
+
+    #[tokio::test]
+    async fn what_goes_together_is_done_and_counted_each_by_itself() {
+        static INSERT: Bulk = Bulk::together(
+            "WITH new (name, value) AS (",
+            &[Type::Text, Type::Bytes],
+            ") INSERT INTO settings (name, value) SELECT * FROM new WHERE name IS NOT NULL",
+        );
+        static UPDATE: Bulk = Bulk::together(
+            "WITH new (name, value) AS (",
+            &[Type::Text, Type::Bytes],
+            ") UPDATE settings SET value = n.value FROM new n WHERE settings.name = n.name",
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let db = testing::open(dir.path()).await;
+        let mut first = db.script();
+        first.add_rows(&INSERT, &rows(3, 1), bind).unwrap();
+        run(&db, first).await.unwrap();
+        let script = |missing: usize| {
+            let mut script = db.script();
+            script.add_rows_exactly(&UPDATE, &rows(3 + missing, 2), bind).unwrap();
+            script.add_rows_exactly(&INSERT, &rows(90, 3)[40..], bind).unwrap();
+            script.add_rows(&DELETE, &rows(1, 1), bind_name).unwrap();
+            script
+        };
+        assert_eq!(run(&db, script(1)).await.unwrap_err().reason(), Reason::Conflict);
+        assert_eq!(stored(&db).await, rows(3, 1));
+        run(&db, script(0)).await.unwrap();
+        assert_eq!(stored(&db).await, [&rows(3, 2)[1..], &rows(90, 3)[40..]].concat());
     }
 
     #[tokio::test]

@@ -104,7 +104,9 @@ pub(in crate::db) async fn insert(
         "INSERT INTO {} ({names}) SELECT {picked} FROM unnest({arrays}) AS u({aliases})",
         quoted(&table.name)
     );
-    let insert = sqlx::query_with(AssertSqlSafe(text), columns.finish()?);
+    let mut values = sqlx::postgres::PgArguments::default();
+    columns.add_to(&mut values)?;
+    let insert = sqlx::query_with(AssertSqlSafe(text), values);
     insert.execute(conn).await.map_err(|error| refused(table, error))?;
     Ok(())
 }

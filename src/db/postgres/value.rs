@@ -77,9 +77,8 @@ impl Columns {
         Ok(())
     }
 
-    /// What the driver takes.
-    pub(in crate::db) fn finish(self) -> Result<PgArguments> {
-        let mut to = PgArguments::default();
+    /// Adds an array for each column to what the driver takes.
+    pub(in crate::db) fn add_to(self, to: &mut PgArguments) -> Result<()> {
         for column in self.columns {
             match column {
                 Column::Int(cells) => to.add(cells),
@@ -89,7 +88,7 @@ impl Columns {
             }
             .map_err(Error::internal)?;
         }
-        Ok(to)
+        Ok(())
     }
 }
 

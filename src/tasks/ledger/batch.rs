@@ -356,6 +356,7 @@ impl Batch {
             kind: convert::kind(entry),
             time,
             frame,
+            may_repeat: false,
         });
     }
 
@@ -403,6 +404,7 @@ impl Batch {
                 kind: convert::kind_of(frame),
                 time: now,
                 frame: frame.clone(),
+                may_repeat: true,
             });
         }
     }

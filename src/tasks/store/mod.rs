@@ -103,7 +103,7 @@ const TASK_COLUMNS: &[Type] = {
     ]
 };
 
-static INSERT: Bulk = Bulk::new(
+static INSERT: Bulk = Bulk::together(
     concat!("WITH new (", columns!(), ") AS ("),
     TASK_COLUMNS,
     concat!(") INSERT INTO tasks (", columns!(), ") SELECT * FROM new WHERE id IS NOT NULL"),
@@ -145,7 +145,7 @@ const MOVED_COLUMNS: &[Type] = {
     ]
 };
 
-static UPDATE: Bulk = Bulk::new(
+static UPDATE: Bulk = Bulk::together(
     "WITH moved (id, was, state, revision, attempt, failed, lost, handed_back, start_time,
                  end_time, not_before, runner_id, base_sequence, last_sequence,
                  reserved_sequence, result, error, usage, instance_id) AS (",
@@ -322,7 +322,7 @@ pub fn remove_requests(script: &mut Script, requests: &[Request]) -> Result<()> 
     })
 }
 
-static INSERT_REQUESTS: Bulk = Bulk::new(
+static INSERT_REQUESTS: Bulk = Bulk::together(
     "WITH new (namespace, request_id, task_id, digest, create_time) AS (",
     &[Type::Text, Type::Text, Type::Id, Type::Bytes, Type::Int],
     ")
@@ -375,7 +375,7 @@ pub struct SegmentRow {
     pub frames: bytes::Bytes,
 }
 
-static INSERT_SEGMENTS: Bulk = Bulk::new(
+static INSERT_SEGMENTS: Bulk = Bulk::together(
     "WITH new (task_id, attempt, first_sequence, last_sequence, frames) AS (",
     &[Type::Id, Type::Int, Type::Int, Type::Int, Type::Bytes],
     ")
