@@ -30,9 +30,6 @@ pub struct NewEvent {
     pub time: Micros,
     /// Encoded event.
     pub frame: Bytes,
-    /// Whether it may be there already: a runner's, which the recorder hands over again when it
-    /// does not know what became of a commit.
-    pub may_repeat: bool,
 }
 
 /// An entry as a watcher reads it.
@@ -48,34 +45,19 @@ pub struct Event {
     pub frame: Bytes,
 }
 
-macro_rules! append {
-    ($make:path, $tail:literal) => {
-        $make(
-            "WITH new (task_id, namespace, sequence, kind, time, frame) AS (",
-            &[Type::Id, Type::Text, Type::Int, Type::Text, Type::Int, Type::Bytes],
-            concat!(
-                ")
-                 INSERT INTO task_events (task_id, namespace, sequence, kind, time, frame)
-                 SELECT * FROM new WHERE task_id IS NOT NULL",
-                $tail
-            ),
-        )
-    };
-}
+static APPEND: Bulk = Bulk::together(
+    "WITH new (task_id, namespace, sequence, kind, time, frame) AS (",
+    &[Type::Id, Type::Text, Type::Int, Type::Text, Type::Int, Type::Bytes],
+    ")
+     INSERT INTO task_events (task_id, namespace, sequence, kind, time, frame)
+     SELECT * FROM new WHERE task_id IS NOT NULL
+     ON CONFLICT (task_id, sequence) DO NOTHING",
+);
 
-static APPEND: Bulk = append!(Bulk::together, "");
-static REPEAT: Bulk = append!(Bulk::new, " ON CONFLICT (task_id, sequence) DO NOTHING");
-
-/// Appends entries, runners' before the server's: in one transaction a task has both only if its
-/// attempt ends in it. Of those that may be there already, what is there is left as it is.
+/// Appends entries. A sequence that is there already is left as it is: what the recorder
+/// repeats after an unknown commit is the same entry.
 pub fn append(script: &mut Script, events: &[NewEvent]) -> Result<()> {
-    let (repeated, new): (Vec<_>, Vec<_>) = events.iter().partition(|event| event.may_repeat);
-    append_by(script, &REPEAT, &repeated)?;
-    append_by(script, &APPEND, &new)
-}
-
-fn append_by(script: &mut Script, bulk: &'static Bulk, events: &[&NewEvent]) -> Result<()> {
-    script.add_rows(bulk, events, |row, event| {
+    script.add_rows(&APPEND, events, |row, event| {
         row.bind(event.task)
             .bind(&event.namespace)
             .bind(event.sequence as i64)
@@ -236,7 +218,6 @@ impl FromRow for Event {
 /// Statements of this file.
 pub const STATEMENTS: &[Statement] = &[
     Statement::Rows(&APPEND),
-    Statement::Rows(&REPEAT),
     Statement::Query(LIST),
     Statement::Query(FRAME),
     Statement::Query(NEWEST),

@@ -356,7 +356,6 @@ impl Batch {
             kind: convert::kind(entry),
             time,
             frame,
-            may_repeat: false,
         });
     }
 
@@ -404,7 +403,6 @@ impl Batch {
                 kind: convert::kind_of(frame),
                 time: now,
                 frame: frame.clone(),
-                may_repeat: true,
             });
         }
     }

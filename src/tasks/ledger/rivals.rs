@@ -289,7 +289,6 @@ async fn a_watcher_sees_what_commits_behind_a_higher_position_once() {
         kind: "stage",
         time: one.parts.clock.now(),
         frame: vec![sequence as u8].into(),
-        may_repeat: false,
     };
     let read = |place: events::Place, limit| {
         let (db, namespace) = (db.clone(), namespace.clone());
