@@ -73,8 +73,9 @@ pub struct Frozen {
     pub rest: Option<SegmentData>,
     /// Tokens of the attempt.
     pub tokens: u64,
-    /// After a restart, the last sequence that a reader may have seen although it is not
-    /// here: `head + 1 ..= in_doubt` must not be given to other entries.
+    /// After a restart: readers may have seen sequences above `head` and below this one that are
+    /// not here. They must not be given to other entries; this one is free for the entry that
+    /// declares them lost.
     pub in_doubt: Option<u64>,
 }
 
@@ -86,7 +87,8 @@ pub(super) struct Live {
     reserved: u64,
     tokens: u64,
     frozen: bool,
-    /// Last sequence that may have been shown before a restart and is not here yet.
+    /// The sequence behind those that may have been shown before a restart, while some of them are
+    /// not here yet.
     in_doubt: Option<u64>,
     /// Sequences of unrecorded entries that belong on the timeline.
     timeline: Vec<u64>,
@@ -125,7 +127,8 @@ impl Log {
         let mut inner = self.lock();
         let Inner { kept, live, .. } = &mut *inner;
         if let Ok(live) = live_attempt(live, attempt) {
-            live.in_doubt = live.in_doubt.map(|_| live.base + last_index);
+            // No reader has seen the one behind the last that was sent.
+            live.in_doubt = live.in_doubt.map(|behind| behind.min(live.base + last_index + 1));
             live.clear_doubt(kept.head);
         }
     }
@@ -443,7 +446,7 @@ impl Live {
     }
 
     fn clear_doubt(&mut self, head: u64) {
-        self.in_doubt = self.in_doubt.filter(|last| *last > head);
+        self.in_doubt = self.in_doubt.filter(|behind| *behind > head + 1);
     }
 }
 

@@ -58,7 +58,7 @@ enum Op {
     Subscribe { share: u8 },
     Read { reader: usize },
     EndAttempt { commits: bool },
-    Restart { runner_returns: bool },
+    Restart { runner_returns: bool, ends_at_once: bool },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -73,7 +73,9 @@ fn op() -> impl Strategy<Value = Op> {
         2 => any::<u8>().prop_map(|share| Op::Subscribe { share }),
         8 => (0_usize..8).prop_map(|reader| Op::Read { reader }),
         1 => any::<bool>().prop_map(|commits| Op::EndAttempt { commits }),
-        1 => any::<bool>().prop_map(|runner_returns| Op::Restart { runner_returns }),
+        1 => any::<(bool, bool)>().prop_map(|(runner_returns, ends_at_once)| {
+            Op::Restart { runner_returns, ends_at_once }
+        }),
     ]
 }
 
@@ -185,7 +187,7 @@ impl World {
     }
 
     /// A crash: what is not stored is gone, and readers come back with what they have.
-    fn restart(&mut self, runner_returns: bool) {
+    fn restart(&mut self, runner_returns: bool, ends_at_once: bool) {
         let cursors: Vec<u64> = self.readers.iter().map(|reader| reader.inner.cursor()).collect();
         let sent = self.log.next_index(self.attempt).unwrap() - 1;
         self.readers.clear();
@@ -197,6 +199,11 @@ impl World {
         self.log.resume_attempt(self.attempt, self.base, durable, 0, self.reserved);
         if runner_returns {
             self.log.settle(self.attempt, sent);
+            if ends_at_once {
+                // Before the runner has sent again what readers may have seen.
+                self.end_attempt(true, false);
+                return;
+            }
             let mut next = self.log.next_index(self.attempt).unwrap();
             while next <= sent {
                 let count = (sent + 1 - next) as usize;
@@ -316,7 +323,9 @@ impl World {
                 self.read(reader);
             }
             Op::EndAttempt { commits } => self.end_attempt(commits, false),
-            Op::Restart { runner_returns } => self.restart(runner_returns),
+            Op::Restart { runner_returns, ends_at_once } => {
+                self.restart(runner_returns, ends_at_once);
+            }
         }
     }
 

@@ -175,7 +175,8 @@ pub enum Entry {
 pub struct Head {
     /// Highest sequence in use.
     pub head: u64,
-    /// Sequences above `head` up to this one may have been shown to readers and are lost.
+    /// Sequences above `head` and below this one may have been shown to readers and are lost; this one
+    /// was not, and takes the entry that says so.
     pub in_doubt: Option<u64>,
 }
 
