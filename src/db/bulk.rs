@@ -56,6 +56,7 @@ pub struct Bulk {
     tail: &'static str,
     /// What comes last where rows can be held; one writer at a time needs not hold any.
     hold: &'static str,
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "of a server's database"))]
     together: bool,
 }
 
@@ -97,6 +98,7 @@ impl Bulk {
     }
 
     /// Whether it may be run with others as one.
+    #[cfg(feature = "postgres")]
     pub(super) fn goes_together(&self) -> bool {
         self.together
     }

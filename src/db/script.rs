@@ -35,6 +35,7 @@ pub struct Script {
 struct Message {
     text: String,
     /// Its first statement.
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "of a server's database"))]
     bulk: &'static Bulk,
     values: Values,
     /// What each statement must do.
