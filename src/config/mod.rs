@@ -365,7 +365,7 @@ impl Config {
             ("limits.stream_window", limits.stream_window, 65_535),
             ("limits.message", limits.message, 1_024),
             ("limits.headers", limits.headers, 4_096),
-            ("database.connections", self.database.connections as u64, 5),
+            ("database.connections", self.database.connections as u64, 6),
             ("queue.max_per_model", self.queue.max_per_model, 1),
             ("queue.max_per_namespace", self.queue.max_per_namespace, 1),
             ("queue.max_attempts", self.queue.max_attempts.into(), 1),

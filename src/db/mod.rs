@@ -38,6 +38,8 @@ use tokio::sync::watch;
 pub use admin::{Location, Status, backup, migrate, restore, servers, status};
 pub use bulk::{Bulk, Type};
 pub use facts::{Facts, OLDEST_POSTGRES, facts};
+#[cfg(feature = "postgres")]
+pub use postgres::SETTINGS as POSTGRES_SETTINGS;
 pub use row::{Column, FromRow, Row};
 pub use script::Script;
 pub use simulated::{Simulated, Way, in_time};
@@ -78,9 +80,9 @@ struct Inner {
 }
 
 enum Backend {
-    Sqlite(Sqlite),
+    Sqlite(Box<Sqlite>),
     #[cfg(feature = "postgres")]
-    Postgres(Postgres),
+    Postgres(Arc<Postgres>),
 }
 
 /// Whether the last write worked and there is room for more.
@@ -156,7 +158,7 @@ impl Db {
                 // The lock of this process must be no other's.
                 let fence = entropy.u64().cast_signed();
                 let postgres = Postgres::connect(url, connections, fence, health.clone()).await?;
-                let backend = Backend::Postgres(postgres);
+                let backend = Backend::Postgres(Arc::new(postgres));
                 Ok(Self(Arc::new(Inner { backend, health, simulated: None })))
             }
             #[cfg(not(feature = "postgres"))]
@@ -172,7 +174,7 @@ impl Db {
     async fn connect_as(path: PathBuf, simulated: Option<Simulated>) -> Result<Self> {
         let health = Health::new(path.display().to_string());
         let sqlite = Sqlite::connect(&path, simulated.as_ref(), health.clone()).await?;
-        let backend = Backend::Sqlite(sqlite);
+        let backend = Backend::Sqlite(Box::new(sqlite));
         Ok(Self(Arc::new(Inner { backend, health, simulated })))
     }
 
@@ -231,7 +233,9 @@ impl Db {
         let writing = match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.begin().await.map(Writing::Sqlite),
             #[cfg(feature = "postgres")]
-            Backend::Postgres(postgres) => postgres.begin().await.map(Writing::Postgres),
+            Backend::Postgres(postgres) => {
+                postgres.begin(postgres.write_slot().await?).await.map(Writing::Postgres)
+            }
         }?;
         Ok(Write { writing, db: self })
     }
@@ -243,7 +247,9 @@ impl Db {
         let writing = match &self.0.backend {
             Backend::Sqlite(sqlite) => sqlite.prepare().await.map(Writing::Sqlite),
             #[cfg(feature = "postgres")]
-            Backend::Postgres(postgres) => postgres.prepare().await.map(Writing::Postgres),
+            Backend::Postgres(postgres) => {
+                postgres.prepare(postgres.write_slot().await?).await.map(Writing::Postgres)
+            }
         }?;
         Ok(Write { writing, db: self })
     }
@@ -256,7 +262,8 @@ impl Db {
             Backend::Sqlite(sqlite) => sqlite.begin().await.map(Writing::Sqlite),
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => {
-                postgres.prepare().await?.begin_alone().await.map(Writing::Postgres)
+                let write = postgres.prepare(postgres.write_slot().await?).await?;
+                write.begin_alone().await.map(Writing::Postgres)
             }
         }?;
         Ok(Write { writing, db: self })
@@ -265,57 +272,80 @@ impl Db {
     /// Runs `f` in a transaction: committed, and synced, when `f` is `Ok`, else rolled back.
     pub async fn write<T, F>(&self, f: F) -> Result<T>
     where
-        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
-        T: Send,
+        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send + 'static,
+        T: Send + 'static,
     {
-        let work = async {
-            let mut write = self.begin().await?;
-            match write.limited(f).await {
-                Ok(value) => write.commit().await.map(|()| value),
-                Err(error) => Err(write.rollback(error).await),
-            }
-        };
         // Large, so that it is not to be a part of all that ever writes.
-        Box::pin(self.drive(work)).await
+        match &self.0.backend {
+            Backend::Sqlite(_) => {
+                let work = async { self.begin().await?.transact(f).await };
+                Box::pin(self.drive(work)).await
+            }
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(postgres) => {
+                let (postgres, slot) = (postgres.clone(), postgres.write_slot().await?);
+                let db = self.clone();
+                postgres::see_through(async move {
+                    let writing = Writing::Postgres(postgres.begin(slot).await?);
+                    Write { writing, db: &db }.transact(f).await
+                })
+                .await
+            }
+        }
+    }
+
+    /// As [`write`](Self::write), ahead of all others: for what keeps this server among others, so that
+    /// none that has much to write is taken for dead. Undone when the caller leaves.
+    pub async fn write_first<T, F>(&self, f: F) -> Result<T>
+    where
+        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send + 'static,
+        T: Send + 'static,
+    {
+        match &self.0.backend {
+            Backend::Sqlite(_) => self.write(f).await,
+            #[cfg(feature = "postgres")]
+            Backend::Postgres(postgres) => {
+                let writing = Writing::Postgres(postgres.begin_first().await?);
+                Box::pin(Write { writing, db: self }.transact(f)).await
+            }
+        }
     }
 
     /// Runs `f` on a reading connection. Each statement sees what was committed before it.
     pub async fn read<T, F>(&self, f: F) -> Result<T>
     where
-        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
-        T: Send,
-    {
-        // Large, so that it is not to be a part of all that ever reads.
-        Box::pin(self.drive(self.read_now(f))).await
-    }
-
-    async fn read_now<T, F>(&self, f: F) -> Result<T>
-    where
-        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
-        T: Send,
+        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send + 'static,
+        T: Send + 'static,
     {
         match &self.0.backend {
             Backend::Sqlite(sqlite) => {
-                self.arrive().await?;
-                let (slot, mut tx) = sqlite.reader().await?;
-                let result = f(&mut tx).await;
-                if !is_storage_failure(&result) {
-                    sqlite.return_reader(tx);
-                }
-                drop(slot);
-                self.arrive().await?;
-                result
+                let work = async {
+                    self.arrive().await?;
+                    let (slot, mut tx) = sqlite.reader().await?;
+                    let result = f(&mut tx).await;
+                    if !is_storage_failure(&result) {
+                        sqlite.return_reader(tx);
+                    }
+                    drop(slot);
+                    self.arrive().await?;
+                    result
+                };
+                Box::pin(self.drive(work)).await
             }
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => {
-                let (_slot, mut reader) = postgres.reader().await?;
-                let result = postgres::limited(f(&mut reader.tx)).await;
-                if is_storage_failure(&result) {
-                    postgres.forget_idle();
-                } else {
-                    postgres.return_reader(reader);
-                }
-                result
+                let (postgres, slot) = (postgres.clone(), postgres.read_slot().await?);
+                postgres::see_through(async move {
+                    let mut reader = postgres.reader(slot).await?;
+                    let result = postgres::limited(f(&mut reader.tx)).await;
+                    if is_storage_failure(&result) {
+                        postgres.forget_idle();
+                    } else {
+                        postgres.return_reader(reader);
+                    }
+                    result
+                })
+                .await
             }
         }
     }

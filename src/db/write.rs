@@ -44,7 +44,7 @@ impl Write<'_> {
     }
 
     /// Runs `f` here, for no longer than the engine lets a call take.
-    pub(super) async fn limited<T, F>(&mut self, f: F) -> Result<T>
+    async fn limited<T, F>(&mut self, f: F) -> Result<T>
     where
         F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
     {
@@ -52,6 +52,17 @@ impl Write<'_> {
             Writing::Sqlite(write) => f(write.tx()).await,
             #[cfg(feature = "postgres")]
             Writing::Postgres(write) => postgres::limited(f(write.tx())).await,
+        }
+    }
+
+    /// Runs `f` here and commits, or undoes everything.
+    pub(super) async fn transact<T, F>(mut self, f: F) -> Result<T>
+    where
+        F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T>> + Send,
+    {
+        match self.limited(f).await {
+            Ok(value) => self.commit().await.map(|()| value),
+            Err(error) => Err(self.rollback(error).await),
         }
     }
 

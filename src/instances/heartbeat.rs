@@ -45,7 +45,7 @@ impl Heartbeat {
         let draining = self.leaving.is_cancelled();
         let silent = self.standing.dead_after();
         let (address, clock) = (self.address.clone(), self.clock.clone());
-        let write = self.db.write(move |tx| {
+        let write = self.db.write_first(move |tx| {
             Box::pin(async move {
                 let before = clock.mono();
                 let version = env!("CARGO_PKG_VERSION");
@@ -80,7 +80,7 @@ impl Heartbeat {
                 return Ok(());
             }
         }
-        let write = self.db.write(move |tx| {
+        let write = self.db.write_first(move |tx| {
             Box::pin(async move {
                 let mut locks = Vec::new();
                 if draining {

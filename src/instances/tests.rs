@@ -146,3 +146,36 @@ async fn a_heartbeat_waits_for_no_lock_that_another_instance_has() {
     assert_eq!(other.standing.phase(), Phase::Good);
     assert!(other.standing.duty(Lock::Limits).mandate().is_none());
 }
+
+/// However much there is to write.
+#[tokio::test]
+async fn a_heartbeat_waits_for_no_other_write() {
+    let (_dir, db, _clock, one, _other) = two().await;
+    if !db.is_shared() {
+        return; // One writer at a time: whoever writes waits.
+    }
+    let (release, _) = tokio::sync::broadcast::channel::<()>(1);
+    let (begun, mut begins) = tokio::sync::mpsc::channel(16);
+    let mut writes = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let (db, begun, mut released) = (db.clone(), begun.clone(), release.subscribe());
+        writes.spawn(async move {
+            let write = db.write(move |_| {
+                Box::pin(async move {
+                    let _ = begun.send(()).await;
+                    let _ = released.recv().await;
+                    Ok(())
+                })
+            });
+            write.await
+        });
+    }
+    begins.recv().await.unwrap();
+    let beat = tokio::time::timeout(Duration::from_secs(10), one.run_once());
+    beat.await.expect("not behind the others").unwrap();
+    assert_eq!(one.standing.phase(), Phase::Good);
+    release.send(()).unwrap();
+    for written in writes.join_all().await {
+        written.unwrap();
+    }
+}

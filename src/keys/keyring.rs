@@ -68,7 +68,9 @@ impl Keyring {
         let mut fresh = [0; 32];
         entropy.fill(&mut fresh);
         let key = db
-            .write(|tx| Box::pin(async move { store::setting(tx, "signing_key", &fresh).await }))
+            .write(move |tx| {
+                Box::pin(async move { store::setting(tx, "signing_key", &fresh).await })
+            })
             .await?;
         let key: [u8; 32] = key
             .try_into()
@@ -192,7 +194,7 @@ impl Keyring {
     ) -> Result<Vec<Key>> {
         self.0
             .db
-            .read(|tx| {
+            .read(move |tx| {
                 Box::pin(async move { store::list(tx, namespace.as_ref(), before, limit).await })
             })
             .await
@@ -204,7 +206,7 @@ impl Keyring {
         let key = self
             .0
             .db
-            .write(|tx| {
+            .write(move |tx| {
                 Box::pin(async move { store::revoke(tx, namespace.as_ref(), &id, now).await })
             })
             .await?;
@@ -219,7 +221,7 @@ impl Keyring {
         let revoked = self
             .0
             .db
-            .read(|tx| Box::pin(async move { store::revoked_since(tx, since).await }))
+            .read(move |tx| Box::pin(async move { store::revoked_since(tx, since).await }))
             .await?;
         for id in &revoked {
             self.end(id);
@@ -368,7 +370,7 @@ mod tests {
         let (id, now) = (key.id.clone(), clock.now());
         let elsewhere = keyring.0.db.clone();
         elsewhere
-            .write(|tx| Box::pin(async move { store::revoke(tx, None, &id, now).await }))
+            .write(move |tx| Box::pin(async move { store::revoke(tx, None, &id, now).await }))
             .await
             .unwrap();
         keyring.run_once().await.unwrap();

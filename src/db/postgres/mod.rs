@@ -28,7 +28,8 @@ use parking_lot::Mutex;
 use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, postgres::PgConnectOptions,
 };
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::Instrument as _;
 
 pub(super) use self::error::from_database;
 use super::{Health, OLDEST_POSTGRES as OLDEST, Script, Tx, write::Unknown};
@@ -36,6 +37,9 @@ use crate::error::{Error, Kind, Reason, Result};
 
 /// Connections that write: the ledger's, and a few for what is rare.
 const WRITERS: usize = 3;
+
+/// One for what keeps this server among others, and one for looks at the server's health.
+const APART: usize = 2;
 
 /// Longest time for a connection to be made.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -47,12 +51,16 @@ const CALL: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(450);
 
 /// What every connection asks of the server. Its own limits are above ours: they end what a
-/// client that vanished has left behind.
-const SETTINGS: [(&str, &str); 4] = [
+/// client that vanished has left behind. Every statement finds its rows by an index, and its plan is
+/// made once, while tables are still empty: what looks best then reads all of them later.
+pub const SETTINGS: [(&str, &str); 7] = [
     ("statement_timeout", "20s"),
     ("lock_timeout", "10s"),
     ("idle_in_transaction_session_timeout", "10s"),
     ("jit", "off"),
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
 ];
 
 /// A database and its connections.
@@ -61,8 +69,12 @@ pub(super) struct Postgres {
     idle: Mutex<Vec<PgConnection>>,
     /// Raised when a connection is found broken: those made before are not used any more.
     era: AtomicU64,
-    writers: Semaphore,
-    readers: Semaphore,
+    writers: Arc<Semaphore>,
+    readers: Arc<Semaphore>,
+    /// For writes that must not wait for others, or for a connection to be made: one at a time.
+    first: Arc<Semaphore>,
+    /// Its connection.
+    first_idle: Mutex<Option<PgConnection>>,
     /// For looks at the health, which must not wait for others.
     probe: tokio::sync::Mutex<Option<PgConnection>>,
     /// Begins a transaction that waits for the end of this process's last one.
@@ -73,16 +85,18 @@ pub(super) struct Postgres {
 /// A transaction that writes.
 pub struct Write<'a> {
     db: &'a Postgres,
-    _slot: SemaphorePermit<'a>,
+    _slot: OwnedSemaphorePermit,
     tx: Option<Tx>,
     era: u64,
     begun: bool,
+    first: bool,
 }
 
 /// A connection for reads. What is found on it may be older than the call by no more than the
 /// time that it took.
 pub(super) struct Reader {
     pub(super) tx: Tx,
+    _slot: OwnedSemaphorePermit,
     era: u64,
 }
 
@@ -153,8 +167,13 @@ impl Write<'_> {
 
     /// Leaves the connection to others.
     fn release(mut self) {
-        if let Some(tx) = self.tx.take() {
-            self.db.give_back(tx, self.era);
+        let Some(tx) = self.tx.take() else { return };
+        match tx {
+            Tx::Postgres(conn) if self.first => {
+                let sound = self.era == self.db.era.load(Ordering::Relaxed);
+                *self.db.first_idle.lock() = sound.then_some(conn);
+            }
+            tx => self.db.give_back(tx, self.era),
         }
     }
 
@@ -177,8 +196,10 @@ impl Postgres {
             options,
             idle: Mutex::default(),
             era: AtomicU64::new(0),
-            writers: Semaphore::new(WRITERS),
-            readers: Semaphore::new(connections.saturating_sub(WRITERS + 1).max(1)),
+            writers: Arc::new(Semaphore::new(WRITERS)),
+            readers: Arc::new(Semaphore::new(connections.saturating_sub(WRITERS + APART).max(1))),
+            first: Arc::new(Semaphore::new(1)),
+            first_idle: Mutex::default(),
             probe: tokio::sync::Mutex::new(None),
             begin_alone: format!("BEGIN; SELECT pg_advisory_xact_lock({fence})"),
             health,
@@ -212,6 +233,7 @@ impl Postgres {
     pub(super) fn forget_idle(&self) {
         self.era.fetch_add(1, Ordering::Relaxed);
         self.idle.lock().clear();
+        *self.first_idle.lock() = None;
     }
 
     fn distrust(&self) {
@@ -219,29 +241,53 @@ impl Postgres {
         self.health.set(false);
     }
 
-    pub(super) async fn begin(&self) -> Result<Write<'_>> {
-        self.prepare().await?.begin().await
+    /// The right to a connection that writes, when it is this caller's turn.
+    pub(super) async fn write_slot(&self) -> Result<OwnedSemaphorePermit> {
+        self.writers.clone().acquire_owned().await.map_err(Error::internal)
+    }
+
+    /// The right to a connection for reads, when it is this caller's turn.
+    pub(super) async fn read_slot(&self) -> Result<OwnedSemaphorePermit> {
+        self.readers.clone().acquire_owned().await.map_err(Error::internal)
+    }
+
+    pub(super) async fn begin(&self, slot: OwnedSemaphorePermit) -> Result<Write<'_>> {
+        self.prepare(slot).await?.begin().await
+    }
+
+    /// Begins a transaction ahead of all others.
+    pub(super) async fn begin_first(&self) -> Result<Write<'_>> {
+        let slot = self.first.clone().acquire_owned().await.map_err(Error::internal)?;
+        let era = self.era.load(Ordering::Relaxed);
+        let idle = self.first_idle.lock().take();
+        let conn = match idle {
+            Some(conn) => conn,
+            None => self.open_connection().await?,
+        };
+        let tx = Some(Tx::Postgres(conn));
+        Write { db: self, _slot: slot, tx, era, begun: false, first: true }.begin().await
     }
 
     /// The transaction begins with [`Write::commit_with`].
-    pub(super) async fn prepare(&self) -> Result<Write<'_>> {
-        let slot = self.writers.acquire().await.map_err(Error::internal)?;
+    pub(super) async fn prepare(&self, slot: OwnedSemaphorePermit) -> Result<Write<'_>> {
         let era = self.era.load(Ordering::Relaxed);
         match self.connection().await {
-            Ok(tx) => Ok(Write { db: self, _slot: slot, tx: Some(tx), era, begun: false }),
+            Ok(tx) => {
+                Ok(Write { db: self, _slot: slot, tx: Some(tx), era, begun: false, first: false })
+            }
             Err(error) => {
-                self.distrust();
+                // Those that there are may be sound.
+                self.health.set(false);
                 Err(error)
             }
         }
     }
 
-    /// A connection for reads, and the right to use it.
-    pub(super) async fn reader(&self) -> Result<(SemaphorePermit<'_>, Reader)> {
-        let slot = self.readers.acquire().await.map_err(Error::internal)?;
+    /// A connection for reads.
+    pub(super) async fn reader(&self, slot: OwnedSemaphorePermit) -> Result<Reader> {
         let era = self.era.load(Ordering::Relaxed);
         let tx = self.connection().await?;
-        Ok((slot, Reader { tx, era }))
+        Ok(Reader { tx, _slot: slot, era })
     }
 
     /// Takes a reading connection back.
@@ -268,10 +314,12 @@ impl Postgres {
     /// Closes idle connections and opens no more.
     pub(super) async fn close(&self) {
         self.writers.close();
+        self.first.close();
         self.readers.close();
         let idle = std::mem::take(&mut *self.idle.lock());
         let probe = self.probe.lock().await.take();
-        for conn in idle.into_iter().chain(probe) {
+        let first = self.first_idle.lock().take();
+        for conn in idle.into_iter().chain(probe).chain(first) {
             // Nothing is under way on it that could be lost.
             let _ = tokio::time::timeout(LOOK, conn.close()).await;
         }
@@ -339,6 +387,22 @@ pub(super) async fn connect(options: &PgConnectOptions) -> Result<PgConnection> 
     Ok(conn)
 }
 
+/// Does work to its end, also when the caller leaves meanwhile: a connection that is left in the midst
+/// of a call can only be closed, and callers that lose patience with a slow server would have
+/// it make one connection after the other.
+#[expect(clippy::disallowed_methods, reason = "a call's own part, which ends within its limits")]
+pub(super) async fn see_through<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    match tokio::spawn(work.in_current_span()).await {
+        Ok(done) => done,
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(Error::storage("this process is ending")),
+        },
+    }
+}
+
 /// Awaits what must not take longer than [`CALL`].
 pub(super) async fn limited<T, E: Into<Error>>(
     call: impl Future<Output = Result<T, E>>,
@@ -352,6 +416,39 @@ pub(super) async fn limited<T, E: Into<Error>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::db::{Sql, testing};
+
+    const PID: Sql = Sql::new("SELECT pg_backend_pid()::bigint");
+
+    /// Callers that lose patience cost no connection each.
+    #[tokio::test]
+    async fn a_read_whose_caller_has_left_gives_its_connection_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = testing::open(dir.path()).await;
+        if !db.is_shared() {
+            return;
+        }
+        let pid = || db.read(|tx| Box::pin(async move { tx.query(PID).one::<(i64,)>().await }));
+        let first = pid().await.unwrap();
+        let (begun, begins) = tokio::sync::oneshot::channel();
+        let (release, released) = tokio::sync::oneshot::channel::<()>();
+        let (done, ends) = tokio::sync::oneshot::channel();
+        let read = db.read(move |tx| {
+            Box::pin(async move {
+                let _ = begun.send(());
+                let _ = released.await;
+                let _ = done.send(tx.query(PID).one::<(i64,)>().await.unwrap());
+                Ok(())
+            })
+        });
+        tokio::select! {
+            _ = read => unreachable!("it waits"),
+            begun = begins => begun.unwrap(),
+        }
+        release.send(()).expect("it goes on when its caller has left");
+        assert_eq!(ends.await.unwrap(), first);
+        assert_eq!(pid().await.unwrap(), first);
+    }
 
     #[test]
     fn a_place_shows_no_password() {
