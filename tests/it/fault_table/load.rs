@@ -19,6 +19,10 @@ pub const WORDS: usize = 12;
 pub const PACE_MS: f64 = 10.0;
 /// Longest wait for an answer before another server is asked.
 const PATIENCE: Duration = Duration::from_secs(4);
+/// Wait before another server is asked: it doubles each time, up to the longest, and differs between
+/// clients by up to a half.
+const BACKOFF: Duration = Duration::from_millis(100);
+const BACKOFF_MOST: Duration = Duration::from_secs(4);
 /// Longest wait for the next event before another server is asked.
 const SILENCE: Duration = Duration::from_secs(8);
 
@@ -139,6 +143,12 @@ pub fn passes(status: &Status) -> bool {
     )
 }
 
+/// Wait before the next of so many tries.
+fn backoff(n_tried: usize) -> Duration {
+    let most = BACKOFF.saturating_mul(1 << n_tried.min(16)).min(BACKOFF_MOST);
+    most.mul_f64(rand::random_range(0.5..1.0))
+}
+
 /// Calls one server after another, from `first` on, until one answers; says which did.
 pub async fn insist<T, F>(
     apis: &[Api],
@@ -153,7 +163,7 @@ where
         match tokio::time::timeout(PATIENCE, call(apis[server].clone())).await {
             Ok(Ok(answer)) => return Ok((answer, server)),
             Ok(Err(status)) if !passes(&status) => return Err(status),
-            _ => pass(Duration::from_millis(100)).await,
+            _ => pass(backoff(at - first)).await,
         }
     }
     unreachable!("there is always another try")
@@ -223,7 +233,7 @@ pub async fn follow(apis: &[Api], task: &str, first: usize) -> Vec<pb::TaskEvent
                 }
             }
         }
-        pass(Duration::from_millis(100)).await;
+        pass(backoff(at - first)).await;
     }
     events
 }

@@ -42,6 +42,28 @@ struct Row {
     verdicts: Verdicts,
 }
 
+impl Row {
+    /// Names of the columns, and the line below them.
+    fn head() -> String {
+        let mut text = String::from(
+            "| fault | tasks | sent again | lost attempts | longest wait | ready without storage \
+             for | ready again | flowing | caught up |",
+        );
+        for promise in PROMISES {
+            let _ = write!(text, " {promise} |");
+        }
+        text + "\n|" + &" --- |".repeat(9 + PROMISES.len())
+    }
+
+    fn line(&self) -> String {
+        let mut text = format!("| {} | {} |", self.fault.name(), self.figures.join(" | "));
+        for promise in PROMISES {
+            let _ = write!(text, " {} |", self.verdicts.0[promise].cell());
+        }
+        text
+    }
+}
+
 /// P1-P10, P12, P14-P18 under each fault of the cluster.
 // The links are carried by this process: no thread that carries may wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -57,9 +79,11 @@ async fn heavy_the_promises_hold_under_each_fault() {
     let mut waiting = probes::fill(&site.apis()[0]).await;
     let mut rows = Vec::new();
     let only = std::env::var("BATON_INFLICT").unwrap_or_default();
+    println!("\n{}", Row::head());
     for fault in Fault::ALL.into_iter().filter(|fault| fault.name().contains(&only)) {
-        rows.push(run(&mut site, fault, time, rate, &mut waiting).await);
-        println!("{}", table(&rows));
+        let row = run(&mut site, fault, time, rate, &mut waiting).await;
+        println!("{}", row.line());
+        rows.push(row);
     }
     let broken: Vec<_> = rows
         .iter()
@@ -237,23 +261,4 @@ impl Pulse {
         }
         recovery
     }
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut text = String::from(
-        "| fault | tasks | sent again | lost attempts | longest wait | ready without storage for \
-         | ready again | flowing | caught up |",
-    );
-    for promise in PROMISES {
-        let _ = write!(text, " {promise} |");
-    }
-    text += "\n|";
-    text += &" --- |".repeat(9 + PROMISES.len());
-    for row in rows {
-        let _ = write!(text, "\n| {} | {} |", row.fault.name(), row.figures.join(" | "));
-        for promise in PROMISES {
-            let _ = write!(text, " {} |", row.verdicts.0[promise].cell());
-        }
-    }
-    text
 }

@@ -33,13 +33,13 @@ pub const AHEAD: Duration = Duration::from_secs(30);
 /// Longest silence of Redis and Postgres, and of the bucket; the load goes on for the rest.
 const SILENCE: Duration = Duration::from_secs(20);
 const BUCKET_DOWN: Duration = Duration::from_secs(30);
-/// Postgres is down and up again in turn.
+/// Servers are down for a second and Postgres for two, in turn.
+const SERVER_DOWN: Duration = Duration::from_secs(1);
 const DOWN: Duration = Duration::from_secs(2);
-const UP: Duration = Duration::from_secs(3);
-/// Readiness is withdrawn within a second, and looked at this long after.
-const NOT_READY_WITHIN: Duration = Duration::from_millis(1_500);
-/// What was on its way when storage went is answered within this time.
-const ON_ITS_WAY: Duration = Duration::from_millis(200);
+/// Readiness is withdrawn within a second where a processor is free; the table has how long it took.
+const NOT_READY_WITHIN: Duration = Duration::from_secs(3);
+/// What was on its way when storage went is answered, and read here, within this time.
+const ON_ITS_WAY: Duration = Duration::from_millis(500);
 
 /// Adds every entry of every lane once more.
 const TWICE: &str = "
@@ -160,7 +160,7 @@ pub struct Site {
 }
 
 impl Site {
-    /// Servers and as many slots as that many tasks a second need, with a little to spare.
+    /// Servers and three times the slots that so many tasks a second need: what waited is to be made good.
     pub async fn start(rate: f64) -> Self {
         let (postgres, redis, bucket) =
             (Postgres::start().await, Redis::start().await, Bucket::start().await);
@@ -191,7 +191,7 @@ impl Site {
             to_redis.push(cache);
         }
         let balancer = Balancer::to(servers.iter().map(|server| server.addr).collect()).await;
-        let needed = 1.5 * rate * WORDS as f64 * PACE_MS / 1000.0 / N_RUNNERS as f64;
+        let needed = 3.0 * rate * WORDS as f64 * PACE_MS / 1000.0 / N_RUNNERS as f64;
         let agents = (0..N_RUNNERS)
             .map(|i| {
                 let name = format!("agent-{i}");
@@ -277,9 +277,9 @@ impl Site {
                         break;
                     }
                     self.servers[at].kill();
-                    pass(Duration::from_secs(1)).await;
+                    pass(SERVER_DOWN).await;
                     self.servers[at].restart().await;
-                    pass(Duration::from_secs(1)).await;
+                    pass(rest(time)).await;
                 }
             }
             Fault::RedisKilled => {
@@ -298,7 +298,7 @@ impl Site {
                 pass(time.min(SILENCE)).await;
                 self.redis.process.signal(rustix::process::Signal::CONT);
             }
-            Fault::PostgresRestarted => return self.restart_postgres(until).await,
+            Fault::PostgresRestarted => return self.restart_postgres(until, 3 * rest(time)).await,
             Fault::PostgresPaused => {
                 self.to_postgres.iter().for_each(Proxy::block);
                 let seen = self.outage(Of::Rows, time.min(SILENCE)).await;
@@ -342,7 +342,7 @@ impl Site {
         Inflicted::default()
     }
 
-    async fn restart_postgres(&mut self, until: Instant) -> Inflicted {
+    async fn restart_postgres(&mut self, until: Instant, rest: Duration) -> Inflicted {
         let mut seen = Inflicted::default();
         loop {
             self.postgres.stop_at_once().await;
@@ -350,10 +350,10 @@ impl Site {
             seen.outages.extend(down.outages);
             seen.ready_for.extend(down.ready_for);
             self.postgres.restart().await;
-            if Instant::now() + UP > until {
+            if Instant::now() + rest > until {
                 return seen;
             }
-            pass(UP).await;
+            pass(rest).await;
         }
     }
 
@@ -375,6 +375,12 @@ impl Site {
         pass(time.saturating_sub(from.elapsed())).await;
         Inflicted { outages: vec![Outage { from, to: Instant::now(), of }], ready_for }
     }
+}
+
+/// Between two kills in such a time, some 25 of them in five minutes; a third as many restarts of what
+/// all servers need.
+fn rest(time: Duration) -> Duration {
+    (time / 30).clamp(Duration::from_secs(1), Duration::from_secs(10))
 }
 
 /// How long from now on a server says that it is ready, if it stops before `until`.
