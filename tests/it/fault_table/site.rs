@@ -36,10 +36,10 @@ const BUCKET_DOWN: Duration = Duration::from_secs(30);
 /// Servers are down for a second and Postgres for two, in turn.
 const SERVER_DOWN: Duration = Duration::from_secs(1);
 const DOWN: Duration = Duration::from_secs(2);
-/// Readiness is withdrawn within a second where a processor is free; the table has how long it took.
-const NOT_READY_WITHIN: Duration = Duration::from_secs(3);
-/// What was on its way when storage went is answered, and read here, within this time.
-const ON_ITS_WAY: Duration = Duration::from_millis(500);
+/// Readiness is withdrawn within a second, and looked at this long after.
+const NOT_READY_WITHIN: Duration = Duration::from_millis(1_500);
+/// What was on its way when storage went is answered within this time.
+const ON_ITS_WAY: Duration = Duration::from_millis(200);
 
 /// Adds every entry of every lane once more.
 const TWICE: &str = "
