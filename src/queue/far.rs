@@ -173,6 +173,12 @@ impl Core {
         }
     }
 
+    /// Lanes that have work, as far as is known here.
+    #[cfg(test)]
+    pub(super) fn far_lanes_with_work(&self) -> usize {
+        self.far.lanes.iter().filter(|(_, lane)| lane.state.next.is_some()).count()
+    }
+
     /// Tasks of all queues.
     pub(super) fn far_depth(&self) -> u64 {
         self.buckets.iter().map(|(_, bucket)| bucket.far_depth).sum()

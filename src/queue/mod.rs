@@ -353,6 +353,12 @@ impl Queue {
         }
     }
 
+    /// Lanes of the backlog that have work, as far as is known here.
+    #[cfg(test)]
+    pub fn far_lanes_with_work(&self) -> usize {
+        self.0.core.lock().far_lanes_with_work()
+    }
+
     /// Takes over how many tasks of each namespace and model wait in the backlog, delayed ones
     /// included.
     pub fn set_far_depths(&self, depths: &HashMap<(String, String), u64>) {

@@ -3,15 +3,24 @@
 use super::site::{Member, Site, eventually, task, task_of, urgent, work_off};
 use crate::{id::TaskId, queue::Pause};
 
-/// Works a backlog off by two servers and returns in which order tasks were given to runners.
-async fn order(site: &Site, members: &mut [Member; 2], ids: &[TaskId]) -> Vec<TaskId> {
+/// Works a backlog in so many lanes off by two servers, and returns in which order tasks were given to
+/// runners.
+async fn order(
+    site: &Site,
+    members: &mut [Member; 2],
+    n_lanes: usize,
+    ids: &[TaskId],
+) -> Vec<TaskId> {
     let work = members[0].backlog.0.work.clone();
     eventually("all are there", || async {
         work.depths().await.unwrap().values().sum::<u64>() == ids.len() as u64
     })
     .await;
+    for member in &*members {
+        let queue = &member.world.parts.queue;
+        eventually("both know of all", || async { queue.far_lanes_with_work() == n_lanes }).await;
+    }
     for member in &mut *members {
-        member.backlog.look().await.unwrap();
         member.connect(1);
     }
     work_off(members, ids).await;
@@ -37,7 +46,7 @@ async fn namespaces_share_runners_whoever_floods_and_wherever() {
         few.push(members[1].submit(task_of("few")).await);
     }
     ids.extend(&few);
-    let order = order(&site, &mut members, &ids).await;
+    let order = order(&site, &mut members, 2, &ids).await;
     let last = order.iter().rposition(|id| few.contains(id)).unwrap();
     // Fair is every other one.
     assert!(last < 40, "the last of few started as number {last}");
@@ -56,7 +65,7 @@ async fn the_more_urgent_starts_first_wherever_it_was_accepted() {
     for priority in [0, 50, 100] {
         ids.push(members[1].submit(urgent(priority)).await);
     }
-    let order = order(&site, &mut members, &ids).await;
+    let order = order(&site, &mut members, 4, &ids).await;
     // Two runners: two start at a time.
     let place = |id: TaskId| order.iter().position(|other| *other == id).unwrap();
     assert!(place(ids[12]) < 2 && place(ids[11]) < 2, "{order:?}");
