@@ -305,7 +305,8 @@ impl Db {
             Backend::Sqlite(_) => self.write(f).await,
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => {
-                let writing = Writing::Postgres(postgres.begin_first().await?);
+                let slot = postgres.first_slot().await?;
+                let writing = Writing::Postgres(postgres.begin(slot).await?);
                 Box::pin(Write { writing, db: self }.transact(f)).await
             }
         }

@@ -66,15 +66,12 @@ pub const SETTINGS: [(&str, &str); 7] = [
 /// A database and its connections.
 pub(super) struct Postgres {
     options: PgConnectOptions,
-    idle: Mutex<Vec<PgConnection>>,
     /// Raised when a connection is found broken: those made before are not used any more.
     era: AtomicU64,
-    writers: Arc<Semaphore>,
-    readers: Arc<Semaphore>,
+    writers: Arc<Reserve>,
+    readers: Arc<Reserve>,
     /// For writes that must not wait for others, or for a connection to be made: one at a time.
-    first: Arc<Semaphore>,
-    /// Its connection.
-    first_idle: Mutex<Option<PgConnection>>,
+    first: Arc<Reserve>,
     /// For looks at the health, which must not wait for others.
     probe: tokio::sync::Mutex<Option<PgConnection>>,
     /// Begins a transaction that waits for the end of this process's last one.
@@ -82,22 +79,45 @@ pub(super) struct Postgres {
     health: Arc<Health>,
 }
 
+/// The connections of one kind of work, which waits for no other kind.
+struct Reserve {
+    turns: Arc<Semaphore>,
+    idle: Mutex<Vec<PgConnection>>,
+}
+
+/// The right to one connection of a reserve.
+pub(super) struct Slot {
+    reserve: Arc<Reserve>,
+    _turn: OwnedSemaphorePermit,
+}
+
 /// A transaction that writes.
 pub struct Write<'a> {
     db: &'a Postgres,
-    _slot: OwnedSemaphorePermit,
+    slot: Slot,
     tx: Option<Tx>,
     era: u64,
     begun: bool,
-    first: bool,
 }
 
 /// A connection for reads. What is found on it may be older than the call by no more than the
 /// time that it took.
 pub(super) struct Reader {
     pub(super) tx: Tx,
-    _slot: OwnedSemaphorePermit,
+    slot: Slot,
     era: u64,
+}
+
+impl Reserve {
+    fn new(connections: usize) -> Arc<Self> {
+        Arc::new(Self { turns: Arc::new(Semaphore::new(connections)), idle: Mutex::default() })
+    }
+
+    /// A slot, when it is this caller's turn.
+    async fn slot(self: &Arc<Self>) -> Result<Slot> {
+        let turn = self.turns.clone().acquire_owned().await.map_err(Error::internal)?;
+        Ok(Slot { reserve: self.clone(), _turn: turn })
+    }
 }
 
 impl Write<'_> {
@@ -167,13 +187,8 @@ impl Write<'_> {
 
     /// Leaves the connection to others.
     fn release(mut self) {
-        let Some(tx) = self.tx.take() else { return };
-        match tx {
-            Tx::Postgres(conn) if self.first => {
-                let sound = self.era == self.db.era.load(Ordering::Relaxed);
-                *self.db.first_idle.lock() = sound.then_some(conn);
-            }
-            tx => self.db.give_back(tx, self.era),
+        if let Some(tx) = self.tx.take() {
+            self.db.give_back(&self.slot, tx, self.era);
         }
     }
 
@@ -194,18 +209,16 @@ impl Postgres {
         let options = options(url)?.options(SETTINGS);
         let db = Self {
             options,
-            idle: Mutex::default(),
             era: AtomicU64::new(0),
-            writers: Arc::new(Semaphore::new(WRITERS)),
-            readers: Arc::new(Semaphore::new(connections.saturating_sub(WRITERS + APART).max(1))),
-            first: Arc::new(Semaphore::new(1)),
-            first_idle: Mutex::default(),
+            writers: Reserve::new(WRITERS),
+            readers: Reserve::new(connections.saturating_sub(WRITERS + APART).max(1)),
+            first: Reserve::new(1),
             probe: tokio::sync::Mutex::new(None),
             begin_alone: format!("BEGIN; SELECT pg_advisory_xact_lock({fence})"),
             health,
         };
         let conn = db.open_connection().await?;
-        db.idle.lock().push(conn);
+        db.writers.idle.lock().push(conn);
         Ok(db)
     }
 
@@ -213,27 +226,32 @@ impl Postgres {
         connect(&self.options).await
     }
 
-    async fn connection(&self) -> Result<Tx> {
-        let idle = self.idle.lock().pop();
+    async fn connection(&self, slot: &Slot) -> Result<Tx> {
+        let idle = slot.reserve.idle.lock().pop();
         match idle {
             Some(conn) => Ok(Tx::Postgres(conn)),
             None => self.open_connection().await.map(Tx::Postgres),
         }
     }
 
-    fn give_back(&self, tx: Tx, era: u64) {
+    fn give_back(&self, slot: &Slot, tx: Tx, era: u64) {
         if let Tx::Postgres(conn) = tx
             && era == self.era.load(Ordering::Relaxed)
         {
-            self.idle.lock().push(conn);
+            slot.reserve.idle.lock().push(conn);
         }
+    }
+
+    fn reserves(&self) -> [&Reserve; 3] {
+        [&self.writers, &self.first, &self.readers]
     }
 
     /// Has connections made anew: those of before are as good as one that was found broken.
     pub(super) fn forget_idle(&self) {
         self.era.fetch_add(1, Ordering::Relaxed);
-        self.idle.lock().clear();
-        *self.first_idle.lock() = None;
+        for reserve in self.reserves() {
+            reserve.idle.lock().clear();
+        }
     }
 
     fn distrust(&self) {
@@ -242,39 +260,29 @@ impl Postgres {
     }
 
     /// The right to a connection that writes, when it is this caller's turn.
-    pub(super) async fn write_slot(&self) -> Result<OwnedSemaphorePermit> {
-        self.writers.clone().acquire_owned().await.map_err(Error::internal)
+    pub(super) async fn write_slot(&self) -> Result<Slot> {
+        self.writers.slot().await
+    }
+
+    /// The right to the connection of writes that go ahead of all others.
+    pub(super) async fn first_slot(&self) -> Result<Slot> {
+        self.first.slot().await
     }
 
     /// The right to a connection for reads, when it is this caller's turn.
-    pub(super) async fn read_slot(&self) -> Result<OwnedSemaphorePermit> {
-        self.readers.clone().acquire_owned().await.map_err(Error::internal)
+    pub(super) async fn read_slot(&self) -> Result<Slot> {
+        self.readers.slot().await
     }
 
-    pub(super) async fn begin(&self, slot: OwnedSemaphorePermit) -> Result<Write<'_>> {
+    pub(super) async fn begin(&self, slot: Slot) -> Result<Write<'_>> {
         self.prepare(slot).await?.begin().await
     }
 
-    /// Begins a transaction ahead of all others.
-    pub(super) async fn begin_first(&self) -> Result<Write<'_>> {
-        let slot = self.first.clone().acquire_owned().await.map_err(Error::internal)?;
-        let era = self.era.load(Ordering::Relaxed);
-        let idle = self.first_idle.lock().take();
-        let conn = match idle {
-            Some(conn) => conn,
-            None => self.open_connection().await?,
-        };
-        let tx = Some(Tx::Postgres(conn));
-        Write { db: self, _slot: slot, tx, era, begun: false, first: true }.begin().await
-    }
-
     /// The transaction begins with [`Write::commit_with`].
-    pub(super) async fn prepare(&self, slot: OwnedSemaphorePermit) -> Result<Write<'_>> {
+    pub(super) async fn prepare(&self, slot: Slot) -> Result<Write<'_>> {
         let era = self.era.load(Ordering::Relaxed);
-        match self.connection().await {
-            Ok(tx) => {
-                Ok(Write { db: self, _slot: slot, tx: Some(tx), era, begun: false, first: false })
-            }
+        match self.connection(&slot).await {
+            Ok(tx) => Ok(Write { db: self, slot, tx: Some(tx), era, begun: false }),
             Err(error) => {
                 // Those that there are may be sound.
                 self.health.set(false);
@@ -284,15 +292,15 @@ impl Postgres {
     }
 
     /// A connection for reads.
-    pub(super) async fn reader(&self, slot: OwnedSemaphorePermit) -> Result<Reader> {
+    pub(super) async fn reader(&self, slot: Slot) -> Result<Reader> {
         let era = self.era.load(Ordering::Relaxed);
-        let tx = self.connection().await?;
-        Ok(Reader { tx, _slot: slot, era })
+        let tx = self.connection(&slot).await?;
+        Ok(Reader { tx, slot, era })
     }
 
     /// Takes a reading connection back.
     pub(super) fn return_reader(&self, reader: Reader) {
-        self.give_back(reader.tx, reader.era);
+        self.give_back(&reader.slot, reader.tx, reader.era);
     }
 
     /// Whether the server answers at once and takes writes.
@@ -313,13 +321,12 @@ impl Postgres {
 
     /// Closes idle connections and opens no more.
     pub(super) async fn close(&self) {
-        self.writers.close();
-        self.first.close();
-        self.readers.close();
-        let idle = std::mem::take(&mut *self.idle.lock());
-        let probe = self.probe.lock().await.take();
-        let first = self.first_idle.lock().take();
-        for conn in idle.into_iter().chain(probe).chain(first) {
+        let mut idle = Vec::from_iter(self.probe.lock().await.take());
+        for reserve in self.reserves() {
+            reserve.turns.close();
+            idle.append(&mut reserve.idle.lock());
+        }
+        for conn in idle {
             // Nothing is under way on it that could be lost.
             let _ = tokio::time::timeout(LOOK, conn.close()).await;
         }
