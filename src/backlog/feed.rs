@@ -114,12 +114,23 @@ impl Backlog {
         if !*self.0.db.healthy().borrow() {
             return Ok(());
         }
+        self.fetch_all().await
+    }
+
+    /// Fetches until nothing more can start here. What others were faster to take is no reason to stop:
+    /// the next lane may have something.
+    pub(super) async fn fetch_all(&self) -> Result<()> {
+        let mut n_came = 0;
         for _ in 0..ROUNDS {
-            if self.fetch().await? == 0 {
-                return Ok(());
+            match self.fetch().await? {
+                Some(n_tasks) => n_came += n_tasks,
+                None => return Ok(()),
             }
         }
-        self.0.hungry.notify_one();
+        // Where nothing comes, though there should be something, a look is due first.
+        if n_came > 0 {
+            self.0.hungry.notify_one();
+        }
         Ok(())
     }
 
@@ -156,8 +167,8 @@ impl Backlog {
         self.0.queue.set_far_states(states);
     }
 
-    /// Fetches what can start; returns how many tasks came.
-    pub(super) async fn fetch(&self) -> Result<usize> {
+    /// Fetches what can start; returns how many tasks came, `None` where none was asked for.
+    pub(super) async fn fetch(&self) -> Result<Option<usize>> {
         let inner = &self.0;
         let plan = inner.queue.plan_fetch(ROUND);
         let wants: Vec<(Lane, usize)> = {
@@ -167,7 +178,7 @@ impl Backlog {
             plan.iter().filter_map(lane).collect()
         };
         if wants.is_empty() {
-            return Ok(0);
+            return Ok(None);
         }
         let names: Vec<Lane> = wants.iter().map(|(lane, _)| lane.clone()).collect();
         let most = wants.iter().map(|(_, most)| most).sum();
@@ -182,7 +193,7 @@ impl Backlog {
         if let Ok(stats) = stats {
             self.note(&names, &stats);
         }
-        self.take(pulled.map_err(untold)?).await
+        self.take(pulled.map_err(untold)?).await.map(Some)
     }
 
     /// Puts deliveries into this server's queue; returns how many tasks those are.

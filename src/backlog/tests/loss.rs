@@ -90,7 +90,7 @@ async fn what_a_server_had_fetched_when_it_died_others_take_over() {
     .await;
     dying.connect(2);
     dying.backlog.look().await.unwrap();
-    assert_eq!(dying.backlog.fetch().await.unwrap(), 2);
+    assert_eq!(dying.backlog.fetch().await.unwrap(), Some(2));
     drop(dying);
     heir.connect(1);
     let mut members = [heir];
@@ -111,7 +111,7 @@ async fn a_server_that_leaves_gives_back_what_it_fetched() {
     .await;
     leaving.connect(2);
     leaving.backlog.look().await.unwrap();
-    assert_eq!(leaving.backlog.fetch().await.unwrap(), 2);
+    assert_eq!(leaving.backlog.fetch().await.unwrap(), Some(2));
     let supervisor = leaving.world.supervisor.clone();
     supervisor
         .spawn_flushing_loop("backlog", leaving.backlog.clone().write(supervisor.last_call()));

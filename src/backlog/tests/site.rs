@@ -208,17 +208,20 @@ impl Member {
     /// The runner does all that it was given, and takes as much again.
     pub fn work(&mut self) -> usize {
         let fences = self.look();
-        let Some(runner) = &mut self.runner else { return 0 };
-        for fence in &fences {
+        self.finish(&fences);
+        fences.len()
+    }
+
+    /// The runner has done these, and takes as much again.
+    pub fn finish(&mut self, fences: &[Fence]) {
+        let Some(runner) = self.runner.as_mut().filter(|_| !fences.is_empty()) else { return };
+        for fence in fences {
             runner.finish(&self.world, *fence, 0);
         }
-        if !fences.is_empty() {
-            self.revision += 1;
-            let (revision, free_slots, as_of_seq) = (self.revision, self.slots, runner.acked);
-            let credits = Announcement { revision, free_slots, as_of_seq };
-            runner.say(&self.world, Said::Credits(credits));
-        }
-        fences.len()
+        self.revision += 1;
+        let (revision, free_slots, as_of_seq) = (self.revision, self.slots, runner.acked);
+        let credits = Announcement { revision, free_slots, as_of_seq };
+        runner.say(&self.world, Said::Credits(credits));
     }
 
     pub async fn get(&self, id: TaskId) -> Task {
