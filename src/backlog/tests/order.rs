@@ -53,6 +53,7 @@ async fn namespaces_share_runners_whoever_floods_and_wherever() {
         started.push((members[0].get(*id).await.start_time.unwrap(), *id));
     }
     started.sort_unstable();
+    assert!(site.clock.now() >= started[0].0);
     let order: Vec<TaskId> = started.into_iter().map(|(_, id)| id).collect();
     let last = order.iter().rposition(|id| few.contains(id)).unwrap();
     // Fair is every other one.
