@@ -17,7 +17,6 @@ pub use place::{
     artifact_store, bytes, bytes_beside, certificate, database, lock_data_dir, make_data_dir,
     retention,
 };
-
 pub use shared::look_at_redis;
 
 use crate::{
@@ -39,7 +38,7 @@ use crate::{
         serve::{self, Listener},
     },
     id::Entropy,
-    instances::Lock,
+    instances::{Lock, Standing},
     keys::{self, Keyring},
     moving,
     pb::server::{
@@ -83,6 +82,8 @@ pub struct App {
     pub keyring: Keyring,
     /// Its database.
     pub db: Db,
+    /// Its place among the servers on that database.
+    pub standing: Standing,
     /// The file with the first admin key, when this start made it.
     pub first_key: Option<PathBuf>,
     health: Health,
@@ -289,6 +290,7 @@ impl App {
             metrics,
             keyring,
             db,
+            standing,
             first_key,
             health,
             clock,

@@ -113,6 +113,7 @@ impl Heartbeat {
     pub async fn run(self, last_call: CancellationToken) -> anyhow::Result<()> {
         let mut told = Phase::Good;
         while !last_call.is_cancelled() {
+            let began = self.clock.mono();
             let done = self.run_once().await;
             let phase = self.standing.phase();
             if phase != told {
@@ -128,15 +129,16 @@ impl Heartbeat {
                     ),
                 }
             }
-            let wait = match done {
-                Ok(()) => self.standing.interval(),
+            let next = match done {
+                // However long its locks took.
+                Ok(()) => began + self.standing.interval(),
                 Err(error) => {
                     tracing::warn!(%error, "no heartbeat was written; trying again");
-                    AGAIN.min(self.standing.interval() / 2)
+                    self.clock.mono() + AGAIN.min(self.standing.interval() / 2)
                 }
             };
             tokio::select! {
-                () = self.clock.sleep(wait) => {}
+                () = self.clock.sleep_until(next) => {}
                 () = last_call.cancelled() => {}
             }
         }

@@ -142,8 +142,7 @@ impl Standing {
     /// Whether it may go on.
     pub fn phase(&self) -> Phase {
         let Some(among) = &self.0.among else { return Phase::Good };
-        let Some(sent) = among.state.lock().sent else { return Phase::Over };
-        let silent = self.0.clock.mono().since(sent);
+        let silent = self.silent();
         if silent < among.ttl / 2 {
             Phase::Good
         } else if silent < among.ttl {
@@ -151,6 +150,13 @@ impl Standing {
         } else {
             Phase::Over
         }
+    }
+
+    /// The time since its latest heartbeat that was written was sent; zero for a server alone.
+    pub fn silent(&self) -> Duration {
+        let Some(among) = &self.0.among else { return Duration::ZERO };
+        let sent = among.state.lock().sent;
+        sent.map_or(Duration::MAX, |sent| self.0.clock.mono().since(sent))
     }
 
     /// How long it has been good without a break; the whole time for a server alone.

@@ -147,6 +147,57 @@ async fn a_heartbeat_waits_for_no_lock_that_another_instance_has() {
     assert!(other.standing.duty(Lock::Limits).mandate().is_none());
 }
 
+/// However long its locks take.
+#[tokio::test]
+async fn a_heartbeat_goes_out_an_interval_after_the_last() {
+    let (_dir, db, clock, one, _other) = two().await;
+    if !db.is_shared() {
+        return; // What it does between two of them does not wait for others.
+    }
+    let (release, _) = tokio::sync::broadcast::channel::<()>(1);
+    let (begun, mut begins) = tokio::sync::mpsc::channel(64);
+    let mut reads = tokio::task::JoinSet::new();
+    for _ in 0..64 {
+        let (db, begun, mut released) = (db.clone(), begun.clone(), release.subscribe());
+        reads.spawn(async move {
+            let read = db.read(move |_| {
+                Box::pin(async move {
+                    let _ = begun.send(()).await;
+                    let _ = released.recv().await;
+                    Ok(())
+                })
+            });
+            read.await
+        });
+    }
+    begins.recv().await.unwrap();
+    clock.advance(Duration::from_millis(1));
+    let (standing, stop) = (one.standing.clone(), CancellationToken::new());
+    reads.spawn({
+        let stop = stop.clone();
+        async move {
+            one.run(stop).await.unwrap();
+            Ok(())
+        }
+    });
+    for _ in 0..3 {
+        let mut look = tokio::time::interval(Duration::from_millis(5));
+        let heard = async {
+            while !standing.silent().is_zero() {
+                look.tick().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), heard).await.expect("a heartbeat");
+        // Now it asks who has the locks, and no reader answers.
+        clock.advance(standing.interval());
+    }
+    release.send(()).unwrap();
+    stop.cancel();
+    for done in reads.join_all().await {
+        done.unwrap();
+    }
+}
+
 /// However much there is to write.
 #[tokio::test]
 async fn a_heartbeat_waits_for_no_other_write() {
