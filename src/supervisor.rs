@@ -1,7 +1,8 @@
 //! Owns every future that runs on its own: named loops, connections, calls that must finish.
 //!
-//! Nothing else in the crate spawns, so that nothing runs unnamed, dies unseen or outlives a
-//! drain. A shutdown has four phases, each bounded by what is left of the grace:
+//! Nothing else in the crate spawns, but calls to a database that are seen through without their
+//! caller, which its closing waits for: so nothing runs unnamed, dies unseen or outlives a drain. A
+//! shutdown has four phases, each bounded by what is left of the grace:
 //!
 //! 1. [`Supervisor::token`] is cancelled: connections and streams end.
 //! 2. [`Supervisor::last_call`] is cancelled: loops made by [`Supervisor::spawn_flushing_loop`]

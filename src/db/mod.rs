@@ -283,13 +283,13 @@ impl Db {
             }
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => {
-                let (postgres, slot) = (postgres.clone(), postgres.write_slot().await?);
-                let db = self.clone();
-                postgres::see_through(async move {
-                    let writing = Writing::Postgres(postgres.begin(slot).await?);
+                let slot = postgres.write_slot().await?;
+                let (db, at) = (self.clone(), postgres.clone());
+                let work = async move {
+                    let writing = Writing::Postgres(at.begin(slot).await?);
                     Write { writing, db: &db }.transact(f).await
-                })
-                .await
+                };
+                postgres.see_through(work).await
             }
         }
     }
@@ -335,18 +335,19 @@ impl Db {
             }
             #[cfg(feature = "postgres")]
             Backend::Postgres(postgres) => {
-                let (postgres, slot) = (postgres.clone(), postgres.read_slot().await?);
-                postgres::see_through(async move {
-                    let mut reader = postgres.reader(slot).await?;
+                let slot = postgres.read_slot().await?;
+                let at = postgres.clone();
+                let work = async move {
+                    let mut reader = at.reader(slot).await?;
                     let result = postgres::limited(f(&mut reader.tx)).await;
                     if is_storage_failure(&result) {
-                        postgres.forget_idle();
+                        at.forget_idle();
                     } else {
-                        postgres.return_reader(reader);
+                        at.return_reader(reader);
                     }
                     result
-                })
-                .await
+                };
+                postgres.see_through(work).await
             }
         }
     }

@@ -15,6 +15,8 @@ pub(super) mod dump;
 mod error;
 pub(super) mod facts;
 pub(super) mod migrate;
+#[cfg(test)]
+mod tests;
 pub(super) mod transfer;
 pub(super) mod value;
 
@@ -29,6 +31,7 @@ use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, postgres::PgConnectOptions,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 
 pub(super) use self::error::from_database;
@@ -49,6 +52,9 @@ const CALL: Duration = Duration::from_secs(15);
 
 /// Longest time for a look at the server's health.
 const LOOK: Duration = Duration::from_millis(450);
+
+/// At the end, how long what is under way may go on: nobody waits for it any more.
+const LAST: Duration = Duration::from_secs(1);
 
 /// What every connection asks of the server. Its own limits are above ours: they end what a
 /// client that vanished has left behind. Every statement finds its rows by an index, and its plan is
@@ -74,6 +80,8 @@ pub(super) struct Postgres {
     first: Arc<Reserve>,
     /// For looks at the health, which must not wait for others.
     probe: tokio::sync::Mutex<Option<PgConnection>>,
+    /// What is under way, with or without its caller.
+    calls: TaskTracker,
     /// Begins a transaction that waits for the end of this process's last one.
     begin_alone: String,
     health: Arc<Health>,
@@ -214,6 +222,7 @@ impl Postgres {
             readers: Reserve::new(connections.saturating_sub(WRITERS + APART).max(1)),
             first: Reserve::new(1),
             probe: tokio::sync::Mutex::new(None),
+            calls: TaskTracker::new(),
             begin_alone: format!("BEGIN; SELECT pg_advisory_xact_lock({fence})"),
             health,
         };
@@ -319,11 +328,34 @@ impl Postgres {
         matches!(tokio::time::timeout(LOOK, look).await, Ok(Ok(true)))
     }
 
-    /// Closes idle connections and opens no more.
+    /// Does work to its end, also when the caller leaves meanwhile: a connection that is left in the
+    /// midst of a call can only be closed, and callers that lose patience with a slow server would
+    /// have it make one connection after the other.
+    pub(super) async fn see_through<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        match self.calls.spawn(work.in_current_span()).await {
+            Ok(done) => done,
+            Err(ended) => match ended.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => Err(Error::storage("this process is ending")),
+            },
+        }
+    }
+
+    /// Begins nothing more, gives what is under way a moment to end, and closes the connections.
     pub(super) async fn close(&self) {
+        self.reserves().into_iter().for_each(|reserve| reserve.turns.close());
+        self.calls.close();
+        if tokio::time::timeout(LAST, self.calls.wait()).await.is_err() {
+            tracing::warn!(
+                calls = self.calls.len(),
+                "calls to the database are left to their fate"
+            );
+        }
         let mut idle = Vec::from_iter(self.probe.lock().await.take());
         for reserve in self.reserves() {
-            reserve.turns.close();
             idle.append(&mut reserve.idle.lock());
         }
         for conn in idle {
@@ -394,22 +426,6 @@ pub(super) async fn connect(options: &PgConnectOptions) -> Result<PgConnection> 
     Ok(conn)
 }
 
-/// Does work to its end, also when the caller leaves meanwhile: a connection that is left in the midst
-/// of a call can only be closed, and callers that lose patience with a slow server would have
-/// it make one connection after the other.
-#[expect(clippy::disallowed_methods, reason = "a call's own part, which ends within its limits")]
-pub(super) async fn see_through<T: Send + 'static>(
-    work: impl Future<Output = Result<T>> + Send + 'static,
-) -> Result<T> {
-    match tokio::spawn(work.in_current_span()).await {
-        Ok(done) => done,
-        Err(ended) => match ended.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => Err(Error::storage("this process is ending")),
-        },
-    }
-}
-
 /// Awaits what must not take longer than [`CALL`].
 pub(super) async fn limited<T, E: Into<Error>>(
     call: impl Future<Output = Result<T, E>>,
@@ -417,50 +433,5 @@ pub(super) async fn limited<T, E: Into<Error>>(
     match tokio::time::timeout(CALL, call).await {
         Ok(outcome) => outcome.map_err(Into::into),
         Err(_) => Err(Error::storage(format!("no answer within {CALL:?}"))),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::db::{Sql, testing};
-
-    const PID: Sql = Sql::new("SELECT pg_backend_pid()::bigint");
-
-    /// Callers that lose patience cost no connection each.
-    #[tokio::test]
-    async fn a_read_whose_caller_has_left_gives_its_connection_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let db = testing::open(dir.path()).await;
-        if !db.is_shared() {
-            return;
-        }
-        let pid = || db.read(|tx| Box::pin(async move { tx.query(PID).one::<(i64,)>().await }));
-        let first = pid().await.unwrap();
-        let (begun, begins) = tokio::sync::oneshot::channel();
-        let (release, released) = tokio::sync::oneshot::channel::<()>();
-        let (done, ends) = tokio::sync::oneshot::channel();
-        let read = db.read(move |tx| {
-            Box::pin(async move {
-                let _ = begun.send(());
-                let _ = released.await;
-                let _ = done.send(tx.query(PID).one::<(i64,)>().await.unwrap());
-                Ok(())
-            })
-        });
-        tokio::select! {
-            _ = read => unreachable!("it waits"),
-            begun = begins => begun.unwrap(),
-        }
-        release.send(()).expect("it goes on when its caller has left");
-        assert_eq!(ends.await.unwrap(), first);
-        assert_eq!(pid().await.unwrap(), first);
-    }
-
-    #[test]
-    fn a_place_shows_no_password() {
-        assert_eq!(place("postgres://u:p%40w@h:5/d?password=x"), "postgres://u@h:5/d");
-        assert_eq!(place("postgres:///d?host=/run"), "postgres:///d");
-        assert_eq!(place("nonsense"), "a database");
     }
 }
