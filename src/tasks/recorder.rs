@@ -102,13 +102,19 @@ impl Recorder {
                 let n_fitting = fits.count();
                 taken.drain(..n_fitting).collect()
             };
+            let mut left_out = Vec::new();
             // After a failure the others are given back unasked.
             if outcome.is_ok() {
                 let segments = batch.iter().map(|(_, segment)| segment.clone()).collect();
-                outcome = self.ledger.record(segments).await.map(|()| n_segments);
+                match self.ledger.record(segments).await {
+                    Ok(tasks) => left_out = tasks,
+                    Err(error) => outcome = Err(error),
+                }
             }
             for (log, segment) in batch {
-                if outcome.is_ok() {
+                // Of an attempt that another server ended nothing is kept, so nothing is
+                // acknowledged; its lease is let go as soon as this one hears of it.
+                if outcome.is_ok() && !left_out.contains(&segment.task) {
                     self.metrics.segment_bytes.inc_by(segment.frames.len() as u64);
                     log.recorded(segment.last, segment.reserve_to.unwrap_or(0));
                 } else {

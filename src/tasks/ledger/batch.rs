@@ -148,8 +148,7 @@ impl Batch {
                     self.event(*id, event, parts, now)
                 }
                 Ask::Record(segments) => {
-                    self.record(segments, &parts.standing, now);
-                    Ok(Answer::Done)
+                    Ok(Answer::Recorded(self.record(segments, &parts.standing, now)))
                 }
                 Ask::Delete(namespace, id) => self.delete(namespace, *id),
             };
@@ -359,17 +358,26 @@ impl Batch {
         });
     }
 
-    /// Keeps the segments of attempts that still run.
-    fn record(&mut self, segments: &[SegmentData], standing: &Standing, now: Micros) {
+    /// Keeps the segments of attempts that still run; returns the tasks of the others.
+    fn record(
+        &mut self,
+        segments: &[SegmentData],
+        standing: &Standing,
+        now: Micros,
+    ) -> Vec<TaskId> {
+        let mut left_out = Vec::new();
         for segment in segments {
-            let Some(row) = self.rows.get_mut(&segment.task) else { continue };
-            let task = &row.task;
-            if task.state != State::Running
-                || task.attempt != segment.attempt
-                || is_elsewhere(task, standing)
-            {
+            let runs = |row: &&mut Row| {
+                row.task.state == State::Running
+                    && row.task.attempt == segment.attempt
+                    && !is_elsewhere(&row.task, standing)
+            };
+            let row = self.rows.get_mut(&segment.task);
+            self.doubtful |= row.as_ref().is_some_and(|row| row.at_hand && !runs(row));
+            let Some(row) = row.filter(runs) else {
+                left_out.push(segment.task);
                 continue;
-            }
+            };
             let namespace = row.task.namespace.clone();
             if let Some(reserved) = segment.reserve_to.filter(|to| *to > row.task.reserved_sequence)
             {
@@ -382,6 +390,7 @@ impl Batch {
             self.recorded.insert(segment.task);
             self.segment(segment, &namespace, now);
         }
+        left_out
     }
 
     fn segment(&mut self, segment: &SegmentData, namespace: &Namespace, now: Micros) {

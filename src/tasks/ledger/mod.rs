@@ -175,6 +175,7 @@ enum Ask {
 enum Answer {
     Submitted(Submitted),
     Applied(Arc<Task>),
+    Recorded(Vec<TaskId>),
     Done,
 }
 
@@ -312,9 +313,13 @@ impl Ledger {
     }
 
     /// Keeps runner-made entries and reservations of running attempts. What belongs to an
-    /// attempt that has ended is left out.
-    pub async fn record(&self, segments: Vec<SegmentData>) -> Result<()> {
-        let mut answers = self.ask_all([Ask::Record(segments)], |_| Some(())).await;
+    /// attempt that has ended, here or on another server, is left out; returns whose that is.
+    pub async fn record(&self, segments: Vec<SegmentData>) -> Result<Vec<TaskId>> {
+        let left_out = |answer| match answer {
+            Answer::Recorded(left_out) => Some(left_out),
+            _ => None,
+        };
+        let mut answers = self.ask_all([Ask::Record(segments)], left_out).await;
         answers.pop().unwrap_or_else(|| Err(lost()))
     }
 

@@ -16,6 +16,7 @@ use crate::{
     tasks::{
         model::State,
         reads,
+        recorder::Recorder,
         state::{Event, Outcome},
         watch,
     },
@@ -124,13 +125,14 @@ async fn nothing_is_recorded_behind_an_end_that_another_server_wrote() {
             }
             _ => tokio::join!(record, end),
         };
-        recorded.unwrap();
+        let left_out = recorded.unwrap();
         let ended = ended.unwrap();
         assert_eq!(ended.state, State::Cancelled);
         let read =
             one.parts.db.read(move |tx| Box::pin(async move { reads::segments(tx, id, 1).await }));
         let last = read.await.unwrap().last().map(|(last, _)| *last);
         assert!(last.is_none_or(|last| last < ended.last_sequence), "{last:?} {ended:?}");
+        assert_eq!(left_out.is_empty(), last.is_some(), "it says what is kept");
         ends.insert(last.is_some());
     }
     assert_eq!(ends.len(), 2, "what was recorded first is kept, what came late is not");
@@ -160,7 +162,13 @@ async fn a_server_whose_runner_went_to_another_has_no_say_any_more() {
     let resumed = other.ledger.resume(vec![claim(&task)]).await.unwrap();
     assert_eq!(resumed[0].instance, other.parts.standing.id());
     assert_eq!(resumed[0].revision, task.revision + 1);
-    one.ledger.record(vec![late]).await.unwrap();
+    let through = late.last;
+    assert_eq!(one.ledger.record(vec![late]).await.unwrap(), [id]);
+    log.not_recorded(through);
+    let (relay, clock) = (one.parts.relay.clone(), one.parts.clock.clone());
+    let recorder = Recorder::new(relay, one.ledger.clone(), clock, one.parts.metrics.clone());
+    recorder.run_once().await.unwrap();
+    assert_eq!(log.durable_index(1), Some(0), "acknowledged, and kept nowhere");
     for event in [lose(&task), Event::TimeOut { attempt: 1 }] {
         let refused = one.ledger.apply(id, event).await.unwrap_err();
         assert_eq!(refused.reason(), Reason::LeaseLost);
