@@ -373,7 +373,10 @@ impl Batch {
                     && !is_elsewhere(&row.task, standing)
             };
             let row = self.rows.get_mut(&segment.task);
-            self.doubtful |= row.as_ref().is_some_and(|row| row.at_hand && !runs(row));
+            // What this batch itself ended is not in doubt.
+            let unmoved = |row: &&mut Row| row.stored == Some(row.task.revision);
+            self.doubtful |=
+                row.as_ref().is_some_and(|row| row.at_hand && unmoved(row) && !runs(row));
             let Some(row) = row.filter(runs) else {
                 left_out.push(segment.task);
                 continue;
